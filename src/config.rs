@@ -1,0 +1,154 @@
+//! Configuration: `config/lightcone.toml` is defaults and manual in one.
+//!
+//! Promises that every fault of a user's file is reported at once, each with its line. Never reads the
+//! environment outside [`load`], and never opens what it names.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+
+use serde::Deserialize;
+
+use crate::domain::ModelId;
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub node: Node,
+    pub edge: Edge,
+    pub store: Store,
+    pub queue: Queue,
+    pub ledger: Ledger,
+    pub relay: Relay,
+    pub engine: Engine,
+    pub models: BTreeMap<ModelId, Model>,
+    pub prices: Prices,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    All,
+    Edge,
+    Worker,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    pub role: Role,
+    pub data_dir: PathBuf,
+    pub drain_ms_max: u64,
+    pub log: String,
+    pub log_format: LogFormat,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Edge {
+    pub listen: SocketAddr,
+    pub http_threads: usize,
+    pub default_model: ModelId,
+    pub body_bytes_max: usize,
+    pub body_ms_max: u64,
+    pub connections_max: usize,
+    pub prompt_threads: usize,
+    pub prompt_queue_max: usize,
+    pub messages_max: usize,
+    pub stream_buffer_events: usize,
+    pub keep_alive_ms: u64,
+    pub request_ms_max: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Store {
+    pub redis_url: String,
+    pub server_program: String,
+    pub append_fsync: AppendFsync,
+    pub command_ms_max: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AppendFsync {
+    Always,
+    Everysec,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Queue {
+    pub depth_max: usize,
+    pub claim_lease_ms: u64,
+    pub wait_ms_max: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ledger {
+    pub hold_lease_ms: u64,
+    pub sweep_ms: u64,
+    pub bootstrap_balance_usd: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Relay {
+    pub listen: SocketAddr,
+    pub advertise: String,
+    pub secret: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Engine {
+    pub ort_library: PathBuf,
+    pub threads: usize,
+    pub spinning: Spinning,
+    pub providers: Vec<String>,
+    pub kv_block_tokens: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Spinning {
+    Auto,
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EngineKind {
+    Onnx,
+    Scripted,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    pub file: PathBuf,
+    pub engine: EngineKind,
+    pub description: String,
+    pub owned_by: String,
+    pub created: u64,
+    pub context_tokens_max: usize,
+    pub output_tokens_max: u32,
+    pub sequences_max: usize,
+    pub step_tokens_max: usize,
+    pub kv_memory_mib: usize,
+    pub input_usd_per_million: String,
+    pub output_usd_per_million: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prices {
+    pub version: String,
+}

@@ -1,0 +1,17 @@
+//! The words of the house: identifiers, money, usage, prices, what a tenant asks for and what comes back.
+//!
+//! Pure data and arithmetic. Never does I/O, never reads a clock, never logs.
+
+mod event;
+mod ids;
+mod job;
+mod money;
+mod price;
+mod usage;
+
+pub use event::{EventBody, FailureCode, FinishReason, TokenEvent};
+pub use ids::{KeyId, ModelId, NodeId, RequestId, TenantId};
+pub use job::{Claim, Job, ReplyTo, SamplingParams};
+pub use money::{MoneyError, NanoUsd};
+pub use price::{Price, PriceBook};
+pub use usage::Usage;

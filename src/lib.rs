@@ -1,0 +1,16 @@
+//! Lightcone: an OpenAI-compatible, multi-tenant, metered chat-completions service.
+
+pub mod admission;
+pub mod cluster;
+pub mod config;
+pub mod domain;
+pub mod edge;
+pub mod engine;
+pub mod ledger;
+pub mod model;
+pub mod node;
+pub mod operator;
+pub mod prompt;
+pub mod queue;
+pub mod store;
+pub mod telemetry;

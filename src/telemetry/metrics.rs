@@ -1,0 +1,133 @@
+//! The law of metric names. Labels are bounded: `model` is a configured model, the others are enums.
+
+use prometheus::{
+    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+/// All metrics of one process. Cheap to share behind an `Arc`; every method is lock-free after the
+/// first use of a label.
+pub struct Metrics {
+    registry: Registry,
+    /// HTTP requests by `route` (the pattern, not the path) and `status`.
+    pub http_requests: IntCounterVec,
+    /// Chat requests by `model` and `outcome`: stop, length, cancelled, failed, refused.
+    pub requests: IntCounterVec,
+    /// Billed prompt tokens by `model`.
+    pub prompt_tokens: IntCounterVec,
+    /// Billed output tokens by `model`.
+    pub completion_tokens: IntCounterVec,
+    /// Charged nano-dollars by `model`.
+    pub spend_nano_usd: IntCounterVec,
+    /// Seconds from the request's arrival at the edge to its first token, by `model`.
+    pub time_to_first_token: HistogramVec,
+    /// Seconds between output tokens after the first, averaged over one request, by `model`.
+    pub time_per_output_token: HistogramVec,
+    /// Seconds in the queue before a worker claimed the request, by `model`.
+    pub queue_wait: HistogramVec,
+    /// Seconds of one engine step, by `model`.
+    pub step_seconds: HistogramVec,
+    /// Sequences in the engine's batch, by `model`.
+    pub running: IntGaugeVec,
+    /// Requests claimed by this node that wait for a place in the batch, by `model`.
+    pub waiting: IntGaugeVec,
+    /// Requests in the shared queue, by `model`.
+    pub queue_depth: IntGaugeVec,
+    /// KV blocks in use, by `model`.
+    pub kv_blocks_used: IntGaugeVec,
+    /// KV blocks in all, by `model`.
+    pub kv_blocks_total: IntGaugeVec,
+    /// Sequences sent back to waiting because KV blocks ran out, by `model`.
+    pub preemptions: IntCounterVec,
+    /// Restarts of worker actors by their supervisor, by `model`.
+    pub worker_restarts: IntCounterVec,
+    /// Refusals at admission by `reason`.
+    pub refusals: IntCounterVec,
+    /// Holds released because nobody renewed them.
+    pub expired_holds: IntGauge,
+    /// grants - balance - holds - charges + refunds over all tenants; anything but 0 is an alarm.
+    pub ledger_imbalance_nano_usd: IntGauge,
+    /// Streams cut because their client read too slowly.
+    pub slow_streams_cut: IntGauge,
+}
+
+const SECONDS_TTFT: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+const SECONDS_TOKEN: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28];
+
+impl Metrics {
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            let vec = IntCounterVec::new(Opts::new(name, help), labels).expect("valid metric");
+            registry.register(Box::new(vec.clone())).expect("metric name is used once");
+            vec
+        };
+        let gauge = |name: &str, help: &str, labels: &[&str]| {
+            let vec = IntGaugeVec::new(Opts::new(name, help), labels).expect("valid metric");
+            registry.register(Box::new(vec.clone())).expect("metric name is used once");
+            vec
+        };
+        let plain_gauge = |name: &str, help: &str| {
+            let gauge = IntGauge::new(name, help).expect("valid metric");
+            registry.register(Box::new(gauge.clone())).expect("metric name is used once");
+            gauge
+        };
+        let histogram = |name: &str, help: &str, buckets: &[f64]| {
+            let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+            let vec = HistogramVec::new(opts, &["model"]).expect("valid metric");
+            registry.register(Box::new(vec.clone())).expect("metric name is used once");
+            vec
+        };
+        let model = &["model"];
+        Self {
+            http_requests: counter(
+                "lightcone_http_requests_total",
+                "HTTP requests by route and status",
+                &["route", "status"],
+            ),
+            requests: counter("lightcone_requests_total", "Chat requests by outcome", &["model", "outcome"]),
+            prompt_tokens: counter("lightcone_prompt_tokens_total", "Billed prompt tokens", model),
+            completion_tokens: counter("lightcone_completion_tokens_total", "Billed output tokens", model),
+            spend_nano_usd: counter("lightcone_spend_nano_usd_total", "Charged nano-dollars", model),
+            time_to_first_token: histogram(
+                "lightcone_time_to_first_token_seconds",
+                "Arrival at the edge to the first token",
+                SECONDS_TTFT,
+            ),
+            time_per_output_token: histogram(
+                "lightcone_time_per_output_token_seconds",
+                "Mean time between output tokens of a request",
+                SECONDS_TOKEN,
+            ),
+            queue_wait: histogram("lightcone_queue_wait_seconds", "Time in the queue before a claim", SECONDS_TTFT),
+            step_seconds: histogram("lightcone_step_seconds", "One engine step", SECONDS_TOKEN),
+            running: gauge("lightcone_running_sequences", "Sequences in the batch", model),
+            waiting: gauge("lightcone_waiting_requests", "Claimed requests that wait for a place in the batch", model),
+            queue_depth: gauge("lightcone_queue_depth", "Requests in the shared queue", model),
+            kv_blocks_used: gauge("lightcone_kv_blocks_used", "KV blocks in use", model),
+            kv_blocks_total: gauge("lightcone_kv_blocks_total", "KV blocks in all", model),
+            preemptions: counter("lightcone_preemptions_total", "Sequences preempted for want of KV blocks", model),
+            worker_restarts: counter("lightcone_worker_restarts_total", "Restarts of worker actors", model),
+            refusals: counter("lightcone_refusals_total", "Refused requests by reason", &["reason"]),
+            expired_holds: plain_gauge("lightcone_expired_holds_total", "Holds released because nobody renewed them"),
+            ledger_imbalance_nano_usd: plain_gauge("lightcone_ledger_imbalance_nano_usd", "Must be 0"),
+            slow_streams_cut: plain_gauge(
+                "lightcone_slow_streams_cut_total",
+                "Streams cut because their client read too slowly",
+            ),
+            registry,
+        }
+    }
+
+    /// Prometheus text format.
+    pub fn render(&self) -> String {
+        let mut text = Vec::new();
+        TextEncoder::new().encode(&self.registry.gather(), &mut text).expect("metrics encode");
+        String::from_utf8(text).expect("metrics are UTF-8")
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
