@@ -7,10 +7,12 @@
 mod pool;
 mod render;
 mod template;
+mod tokenizer;
 
 pub use pool::{PromptModel, PromptPool};
 pub use render::Encoder;
 pub use template::{Message, Role, Template};
+pub use tokenizer::{Tokenizer, TokenizerError};
 
 /// Why there is no prompt.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
