@@ -1,1 +1,5 @@
-
+//! HTTP.
+mod error;
+mod fields;
+mod json;
+mod request;

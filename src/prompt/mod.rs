@@ -20,6 +20,8 @@ pub enum PromptError {
     /// The template itself does not compile: the model's file is at fault.
     #[error("chat template does not compile: {0}")]
     Template(String),
+    #[error("the model's file has no chat template")]
+    NoTemplate,
     /// A control token of one character could not be kept out of what clients write.
     #[error("control token `{0}` is a single character")]
     ControlToken(String),

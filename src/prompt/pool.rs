@@ -13,8 +13,8 @@ use std::{
 use actix::{Actor, Addr, Handler, SyncArbiter, SyncContext};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{Encoder, Message, PromptError, Template, render::Piece};
-use crate::domain::ModelId;
+use super::{Encoder, Message, PromptError, Template, Tokenizer, render::Piece};
+use crate::{domain::ModelId, model::TokenKind};
 
 /// Everything that turns messages for one model into token ids.
 pub struct PromptModel {
@@ -29,6 +29,16 @@ pub struct PromptModel {
 const BYTES_PER_TOKEN_COUNTED: usize = 16;
 
 impl PromptModel {
+    /// The template and the control tokens as the model's file has them.
+    pub fn new(tokenizer: Arc<Tokenizer>, context_tokens_max: usize) -> Result<Self, PromptError> {
+        let source = tokenizer.template().ok_or(PromptError::NoTemplate)?;
+        let vocabulary = tokenizer.vocabulary();
+        let control = vocabulary.tokens.iter().zip(&vocabulary.kinds);
+        let control = control.filter(|(_, kind)| **kind == TokenKind::Control).map(|(text, _)| text.clone()).collect();
+        let template = Template::compile(source, tokenizer.bos_text(), tokenizer.eos_text(), control)?;
+        Ok(Self { template, encoder: tokenizer, context_tokens_max })
+    }
+
     /// The prompt's token ids, fewer than the context, so that there is room for an answer.
     pub fn tokens(&self, messages: &[Message]) -> Result<Vec<u32>, PromptError> {
         self.template.render(messages, |pieces| self.encode(pieces))?

@@ -11,13 +11,19 @@ use std::borrow::Cow;
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
-use super::PromptError;
+use super::{PromptError, Tokenizer};
 
 /// What this room needs of a tokeniser.
 pub trait Encoder: Send + Sync {
     /// The token ids of `text`. With `specials`, texts of control tokens become those; without, they are
     /// spelled out like any other text.
     fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, PromptError>;
+}
+
+impl Encoder for Tokenizer {
+    fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, PromptError> {
+        Self::encode(self, text, specials).map_err(|error| PromptError::Encode(error.to_string()))
+    }
 }
 
 /// A stretch of the rendering.
