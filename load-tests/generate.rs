@@ -51,6 +51,9 @@ struct Arguments {
     /// Prompts are a function of it.
     #[arg(long, default_value_t = 1)]
     seed: u64,
+    /// A connection for every request, for servers that close theirs without saying so.
+    #[arg(long)]
+    connection_per_request: bool,
     /// No request starts after this time.
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=3_600))]
     seconds_max: u64,
@@ -184,8 +187,10 @@ impl Client {
             Some(file) => Some(std::fs::read_to_string(file)?.trim().to_owned()),
             None => None,
         };
+        let connections_kept = if arguments.connection_per_request { 0 } else { usize::MAX };
+        let http = reqwest::Client::builder().no_proxy().tcp_nodelay(true).pool_max_idle_per_host(connections_kept);
         Ok(Self {
-            http: reqwest::Client::builder().no_proxy().tcp_nodelay(true).build()?,
+            http: http.build()?,
             url: format!("{}/v1/chat/completions", arguments.url.trim_end_matches('/')),
             key,
             model: arguments.model.clone(),
