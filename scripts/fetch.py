@@ -175,7 +175,7 @@ def download(pin, folder, progress):
         if "No space left on device" in text:
             raise Fault(f"no space left in {folder.parent}")
         lines = [line for line in text.splitlines() if "ERROR" in line] or text.splitlines() or ["no reason given"]
-        raise Fault(f"pip could not download {pin.name}: {lines[-1].strip()}")
+        raise Fault(f"pip could not download {pin.name}: {lines[-1].replace('ERROR:', '').strip()}")
     files = list((folder / "wheel").glob("*.whl"))
     if len(files) != 1:
         raise Fault(f"pip downloaded {len(files)} files for {pin.name}, expected one")

@@ -17,6 +17,8 @@ main() {
         fail "node and npm are needed for the client tests (on Debian: apt-get install nodejs npm)"
     mkdir -p "$TOOLS" "$LOG"
     scripts/fetch.sh
+    LIGHTCONE_TEST_DATA_DIR=$(cd "$DATA_DIR" && pwd)
+    export LIGHTCONE_TEST_DATA_DIR
     find_redis_server
     install_python_clients
     install_node_clients
@@ -46,7 +48,7 @@ find_redis_server() {
         ln -sf "$(command -v redis-check-rdb)" "$TOOLS/redis-server"
         LIGHTCONE_TEST_REDIS_SERVER=$PWD/$TOOLS/redis-server
     else
-        LIGHTCONE_TEST_REDIS_SERVER=$(cd "$DATA_DIR" && pwd)/bin/valkey-server
+        LIGHTCONE_TEST_REDIS_SERVER=$LIGHTCONE_TEST_DATA_DIR/bin/valkey-server
         echo "no redis-server here, so the tests use the fetched Valkey (on Debian: apt-get install redis-server)"
     fi
     export LIGHTCONE_TEST_REDIS_SERVER
@@ -76,7 +78,7 @@ install_python_clients() {
     [ -d "$python_clients" ] && return
     echo "installing the Python clients"
     rm -rf "$python_clients.unfinished"
-    PIP_REQUIRE_VIRTUALENV=0 "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+    PIP_REQUIRE_VIRTUALENV=0 PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
         --only-binary=:all: --target "$python_clients.unfinished" --requirement tests/sdk/requirements.txt </dev/null ||
         fail "pip could not install tests/sdk/requirements.txt"
     mv "$python_clients.unfinished" "$python_clients"
