@@ -5,10 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{
-    error::ApiError,
-    json::{self},
-};
+use super::{error::ApiError, json};
 
 /// What becomes of a field that was given.
 #[derive(Clone, Copy)]
@@ -31,11 +28,9 @@ pub enum Shape {
     Boolean,
     Number,
     String,
-    Array,
     Object,
     /// Up to 16 pairs of strings of at most 64 and 512 characters.
     Metadata,
-    Any,
 }
 
 /// The values that ask for nothing.
@@ -172,10 +167,8 @@ impl Shape {
             Self::Boolean => (value.is_boolean(), "a boolean"),
             Self::Number => (value.is_number(), "a number"),
             Self::String => (value.is_string(), "a string"),
-            Self::Array => (value.is_array(), "an array"),
             Self::Object => (value.is_object(), "an object"),
             Self::Metadata => return metadata(name, value),
-            Self::Any => (true, ""),
         };
         if right { Ok(()) } else { Err(wrong_type(name, expected, value)) }
     }

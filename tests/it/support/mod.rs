@@ -1,0 +1,4 @@
+//! What the tests stand on: real servers, and a house furnished on one of them.
+
+pub mod house;
+pub mod valkey;
