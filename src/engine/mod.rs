@@ -1,1 +1,115 @@
+//! The engine: continuous batching of many sequences on one model, on one OS thread of its own.
+//!
+//! Promises: what a request gets does not depend on who else is being served; memory is bounded by the
+//! KV block pool and by `sequences_max`; a cancelled request costs at most one more step. Never speaks to
+//! the network or to the store, and never knows what a tenant is.
+//!
+//! The scheduling ([`planner`]), the KV blocks ([`blocks`]), sampling and text assembly are pure. The
+//! tensors are behind [`Forward`]: ONNX Runtime for real models, a script for fault tests.
 
+mod batch;
+mod blocks;
+mod handle;
+pub mod onnx;
+mod planner;
+mod runner;
+mod sampler;
+mod scripted;
+mod text;
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+pub use batch::{Batch, BatchSequence, Forward};
+pub use handle::{EngineHandle, EngineLoad};
+pub use onnx::OnnxRuntime;
+
+use crate::{
+    domain::{FinishReason, ModelId, RequestId, SamplingParams, Usage},
+    model::{GgufError, ModelFile},
+    telemetry::Metrics,
+};
+
+/// One request, as the engine sees it. `prompt` is not empty, and `prompt.len() + output_tokens_max` is at
+/// most the context.
+#[derive(Clone, Debug)]
+pub struct EngineRequest {
+    pub request: RequestId,
+    pub prompt: Vec<u32>,
+    pub output_tokens_max: u32,
+    pub sampling: SamplingParams,
+    pub stop: Vec<String>,
+    pub ignore_eos: bool,
+}
+
+/// What the engine tells its owner. One `Step` a step, with the events of all requests.
+#[derive(Debug)]
+pub enum EngineMessage {
+    Step(Vec<EngineEvent>),
+    /// Always the last message, whether the engine failed, panicked or was shut down.
+    Died(String),
+}
+
+#[derive(Debug, PartialEq)]
+pub struct EngineEvent {
+    pub request: RequestId,
+    pub body: EngineEventBody,
+}
+
+#[derive(Debug, PartialEq)]
+pub enum EngineEventBody {
+    /// `tokens` counts the decoded tokens since the last event, also those whose text is still held back.
+    Delta { text: String, tokens: u32 },
+    Finished { reason: FinishReason, usage: Usage },
+    /// This request alone cannot be served.
+    Failed { message: String },
+}
+
+/// What to run and how much of it.
+pub struct EngineSpec {
+    pub model: ModelId,
+    pub file: Arc<ModelFile>,
+    pub backend: Backend,
+    /// Prompt and output of one sequence together.
+    pub context_tokens_max: usize,
+    pub sequences_max: usize,
+    pub step_tokens_max: usize,
+    pub kv_block_tokens: usize,
+    pub kv_memory_bytes: usize,
+}
+
+pub enum Backend {
+    Onnx(OnnxRuntime),
+    /// For fault tests only; see [`scripted`].
+    Scripted,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("onnx runtime: {0}")]
+    Onnx(#[from] ort::Error),
+    #[error("ONNX Runtime's library cannot be used ({path}): {reason}")]
+    Library { path: String, reason: String },
+    #[error("execution provider `{0}` is not available: {1}")]
+    Provider(String, String),
+    #[error(transparent)]
+    Model(#[from] GgufError),
+    #[error("{0}")]
+    Limits(String),
+    #[error("the engine already has as many requests as it may hold")]
+    Full,
+    #[error("the engine has stopped")]
+    Gone,
+}
+
+/// Loads the model and starts its thread. Blocks while loading (seconds): call it where that is allowed.
+///
+/// The engine waits when `sink` is full, so its reader must never wait for one slow stream.
+pub fn spawn(
+    spec: EngineSpec,
+    sink: mpsc::Sender<EngineMessage>,
+    metrics: Arc<Metrics>,
+) -> Result<EngineHandle, EngineError> {
+    runner::spawn(spec, sink, metrics)
+}

@@ -1,0 +1,115 @@
+//! Text to tokens, by the rules that stand in the model file.
+//!
+//! Never turns a user's text into control tokens: that is what [`Tokenizer::encode`] with `specials`
+//! false promises, whatever the text spells.
+
+use std::sync::Arc;
+
+use tokenizers::{
+    AddedToken, PreTokenizerWrapper,
+    models::bpe::{BPE, Vocab},
+    normalizers::NormalizerWrapper,
+    pre_tokenizers::{
+        byte_level::ByteLevel,
+        digits::Digits,
+        sequence::Sequence,
+        split::{Split, SplitPattern},
+    },
+    processors::PostProcessorWrapper,
+};
+
+use crate::model::{TokenKind, Vocabulary};
+
+type Bpe = tokenizers::TokenizerImpl<
+    BPE,
+    NormalizerWrapper,
+    PreTokenizerWrapper,
+    PostProcessorWrapper,
+    tokenizers::DecoderWrapper,
+>;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    #[error("the model's vocabulary cannot be used: {0}")]
+    Vocabulary(String),
+    #[error("text could not be tokenised: {0}")]
+    Encode(String),
+}
+
+/// Shared and immutable; encoding takes `&self` from any thread.
+pub struct Tokenizer {
+    /// Knows the control tokens: for template text.
+    with_specials: Bpe,
+    /// Does not: for what users write.
+    plain: Bpe,
+    vocabulary: Arc<Vocabulary>,
+}
+
+impl Tokenizer {
+    pub fn new(vocabulary: Arc<Vocabulary>) -> Result<Self, TokenizerError> {
+        let plain = bpe(&vocabulary)?;
+        let mut with_specials = plain.clone();
+        let specials: Vec<AddedToken> = vocabulary
+            .tokens
+            .iter()
+            .zip(&vocabulary.kinds)
+            .filter(|(_, kind)| **kind == TokenKind::Control)
+            .map(|(token, _)| AddedToken::from(token.clone(), true))
+            .collect();
+        with_specials.add_special_tokens(&specials);
+        Ok(Self { with_specials, plain, vocabulary })
+    }
+
+    /// Token ids of `text`. With `specials`, control tokens spelled in the text become those tokens.
+    pub fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, TokenizerError> {
+        let tokenizer = if specials { &self.with_specials } else { &self.plain };
+        let encoding = tokenizer.encode_fast(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The chat template's source, where the model has one.
+    pub fn template(&self) -> Option<&str> {
+        self.vocabulary.chat_template.as_deref()
+    }
+
+    pub fn bos_text(&self) -> &str {
+        self.vocabulary.bos.map_or("", |id| &self.vocabulary.tokens[id as usize])
+    }
+
+    pub fn eos_text(&self) -> &str {
+        self.vocabulary.eos.first().map_or("", |id| &self.vocabulary.tokens[*id as usize])
+    }
+
+    pub fn vocabulary(&self) -> &Arc<Vocabulary> {
+        &self.vocabulary
+    }
+}
+
+fn bpe(vocabulary: &Vocabulary) -> Result<Bpe, TokenizerError> {
+    let wrong = |e: &dyn std::fmt::Display| TokenizerError::Vocabulary(e.to_string());
+    let ids: Vocab = vocabulary.tokens.iter().cloned().zip(0u32..).collect();
+    let merges = vocabulary
+        .merges
+        .iter()
+        .map(|pair| {
+            let (left, right) = pair.split_once(' ').ok_or_else(|| wrong(&format!("merge `{pair}`")))?;
+            Ok((left.to_owned(), right.to_owned()))
+        })
+        .collect::<Result<Vec<_>, TokenizerError>>()?;
+    let model = BPE::builder().vocab_and_merges(ids, merges).build().map_err(|e| wrong(&e))?;
+    let pre: PreTokenizerWrapper = match vocabulary.pre_tokenizer.as_str() {
+        "smollm" => Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]).into(),
+        "gpt-2" | "default" => ByteLevel::new(false, true, true).into(),
+        "llama-bpe" => {
+            let pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+            let split =
+                Split::new(SplitPattern::Regex(pattern.into()), tokenizers::SplitDelimiterBehavior::Isolated, false)
+                    .map_err(|e| wrong(&e))?;
+            Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()]).into()
+        }
+        other => return Err(wrong(&format!("pre-tokenizer `{other}` is not supported"))),
+    };
+    let mut tokenizer = Bpe::new(model);
+    tokenizer.with_pre_tokenizer(Some(pre));
+    Ok(tokenizer)
+}
