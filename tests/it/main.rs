@@ -1,7 +1,8 @@
-//! Everything tested together, against a real store.
+//! Everything tested together: a real store, real ONNX Runtime, the real model, one binary.
 
 mod support;
 
+mod engine;
 mod store_accounts;
 mod store_money;
 mod store_outage;

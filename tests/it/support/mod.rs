@@ -1,4 +1,5 @@
-//! What the tests stand on: real servers, and a house furnished on one of them.
+//! What the tests stand on: real servers, a house furnished on one of them, the real model.
 
 pub mod house;
+pub mod model;
 pub mod valkey;
