@@ -2,6 +2,9 @@
 
 mod support;
 
+mod edge_chat;
+mod edge_refusals;
+
 mod store_accounts;
 mod store_money;
 mod store_outage;
