@@ -276,7 +276,8 @@ async fn a_silent_stream_is_kept_alive_by_comments_that_change_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn thirty_two_streams_at_once_each_get_their_own_tokens() {
-    let front = Front::with(settings(), 64, 1_000_000_000).await;
+    let roomy = lightcone::config::Edge { prompt_queue_max: 32, ..settings() };
+    let front = Front::with(roomy, 64, 1_000_000_000).await;
     let waiting: Vec<_> = (0..32)
         .map(|i| {
             let body = json!({ "stream": true, "messages": [{ "role": "user", "content": format!("I am {i}.") }] });

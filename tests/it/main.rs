@@ -1,10 +1,10 @@
-//! Everything tested together, against a real store.
+//! Everything tested together: real ONNX Runtime, real model, real store, one binary.
 
 mod support;
 
 mod edge_chat;
 mod edge_refusals;
-
+mod engine;
 mod store_accounts;
 mod store_money;
 mod store_outage;
