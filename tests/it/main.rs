@@ -1,7 +1,9 @@
-//! Everything tested together: a real store, real ONNX Runtime, the real model, one binary.
+//! Everything tested together: real ONNX Runtime, real model, real store, one binary.
 
 mod support;
 
+mod edge_chat;
+mod edge_refusals;
 mod engine;
 mod store_accounts;
 mod store_money;

@@ -2,7 +2,7 @@
 
 use lightcone::{
     domain::NanoUsd,
-    ledger::{Report, ReleaseReason},
+    ledger::{ReleaseReason, Report},
     store::keys,
 };
 use redis::aio::MultiplexedConnection;
@@ -105,8 +105,12 @@ async fn verify_detects_every_changed_field_of_every_entry() {
             // tokens, key, model or price that anything could contradict.
             let kind = fields[0].1.as_str();
             let weightless = matches!(name.as_str(), "note" | "at" | "cached");
-            let of_requests = matches!(name.as_str(), "key" | "model" | "prompt" | "completion" | "input" | "output" | "version");
-            if weightless || (of_requests && kind == "grant") || (kind == "release" && matches!(name.as_str(), "prompt" | "completion")) {
+            let of_requests =
+                matches!(name.as_str(), "key" | "model" | "prompt" | "completion" | "input" | "output" | "version");
+            if weightless
+                || (of_requests && kind == "grant")
+                || (kind == "release" && matches!(name.as_str(), "prompt" | "completion"))
+            {
                 continue;
             }
             // An open hold's key, model and version meet their match only when it ends.

@@ -47,8 +47,20 @@ impl Graph {
             dims: dims.iter().map(|d| *d as i64).collect(),
             data_type: ty as i32,
             name: name.into(),
+            int64_data: Vec::new(),
             external_data: vec![location],
             data_location: 1,
+        });
+    }
+
+    /// A small constant of whole numbers, which shape inference can read.
+    pub fn constant(&mut self, name: &str, values: &[i64]) {
+        self.proto.initializer.push(TensorProto {
+            dims: vec![values.len() as i64],
+            data_type: DataType::I64 as i32,
+            name: name.into(),
+            int64_data: values.into(),
+            ..Default::default()
         });
     }
 

@@ -73,6 +73,8 @@ pub struct TensorProto {
     pub dims: Vec<i64>,
     #[prost(int32, tag = 2)]
     pub data_type: i32,
+    #[prost(int64, repeated, tag = 7)]
+    pub int64_data: Vec<i64>,
     #[prost(string, tag = 8)]
     pub name: String,
     #[prost(message, repeated, tag = 13)]

@@ -79,12 +79,6 @@ impl Builder {
         Ok(())
     }
 
-    fn ints(&mut self, name: &str, values: &[i64]) -> Result<(), EngineError> {
-        self.graph.weight(name, DataType::I64, &[values.len()]);
-        self.weights.push((name.to_owned(), Tensor::from_array(([values.len()], values.to_vec()))?.into_dyn()));
-        Ok(())
-    }
-
     fn model(&mut self, file: &ModelFile) -> Result<(), EngineError> {
         let p = &file.params;
         let (heads, kv_heads, size) = (p.heads, p.kv_heads, p.head_size);
@@ -100,18 +94,18 @@ impl Builder {
         self.graph.output("logits", DataType::F32, &[tokens, Dim::Fixed(p.vocabulary)]);
         self.weight("epsilon", &[1], vec![p.norm_epsilon])?;
         self.weight("query_factor", &[1], vec![1.0 / (size as f32).sqrt()])?;
-        self.ints("last", &[-1])?;
-        self.ints("flat", &[0, p.width as i64])?;
-        self.ints("q_pairs", &[0, heads as i64, size as i64 / 2, 2])?;
-        self.ints("k_pairs", &[0, kv_heads as i64, size as i64 / 2, 2])?;
-        self.ints("q_heads", &[0, heads as i64, size as i64])?;
-        self.ints("k_heads", &[0, kv_heads as i64, size as i64])?;
-        self.ints("k_grouped", &[kv_heads as i64, 1, -1, size as i64])?;
-        self.ints("q_grouped", &[kv_heads as i64, (heads / kv_heads) as i64, -1, size as i64])?;
-        self.ints("ungrouped", &[heads as i64, -1, size as i64])?;
-        self.ints("zero", &[0])?;
-        self.ints("one", &[1])?;
-        self.ints("two", &[2])?;
+        self.graph.constant("last", &[-1]);
+        self.graph.constant("flat", &[0, p.width as i64]);
+        self.graph.constant("q_pairs", &[0, heads as i64, size as i64 / 2, 2]);
+        self.graph.constant("k_pairs", &[0, kv_heads as i64, size as i64 / 2, 2]);
+        self.graph.constant("q_heads", &[0, heads as i64, size as i64]);
+        self.graph.constant("k_heads", &[0, kv_heads as i64, size as i64]);
+        self.graph.constant("k_grouped", &[kv_heads as i64, 1, -1, size as i64]);
+        self.graph.constant("q_grouped", &[kv_heads as i64, (heads / kv_heads) as i64, -1, size as i64]);
+        self.graph.constant("ungrouped", &[heads as i64, -1, size as i64]);
+        self.graph.constant("zero", &[0]);
+        self.graph.constant("one", &[1]);
+        self.graph.constant("two", &[2]);
 
         let mut x = "x".to_owned();
         for layer in 0..p.layers {

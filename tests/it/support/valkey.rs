@@ -114,8 +114,8 @@ pub fn program() -> PathBuf {
         return ours;
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut candidates = std::env::split_paths(&path)
-        .flat_map(|folder| ["valkey-server", "redis-server"].map(|name| folder.join(name)));
+    let mut candidates =
+        std::env::split_paths(&path).flat_map(|folder| ["valkey-server", "redis-server"].map(|name| folder.join(name)));
     candidates.find(|candidate| candidate.exists()).expect(
         "no Valkey or Redis server: run `make setup`, install redis-server, or name one in LIGHTCONE_TEST_REDIS_SERVER",
     )
