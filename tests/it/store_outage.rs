@@ -95,6 +95,28 @@ async fn nobody_sweeps_within_a_lease_of_an_outage_so_that_owners_can_renew() {
     assert!(ledger.verify().await.unwrap().is_balanced());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_a_frozen_store_ran_late_leaves_sound_books() {
+    let house = House::with_balance(1_000_000).await;
+    let impatient = Duration::from_millis(200);
+    let store = Store::connect(&house.valkey.url(), impatient).await.unwrap();
+    let (admission, ledger) = (Admission::new(store.clone(), LEASE), Ledger::new(store.clone(), LEASE));
+    let admitted = admission.admit(&house.principal, ask(10, 10)).await.unwrap();
+    let bill = settlement(&admitted, 4);
+    house.valkey.freeze();
+    let started = Instant::now();
+    assert!(matches!(admission.admit(&house.principal, ask(10, 10)).await, Err(AdmitError::Store(_))));
+    assert!(matches!(ledger.settle(&bill).await, Err(LedgerError::Store(_))));
+    assert!(started.elapsed() < 4 * impatient);
+    house.valkey.thaw();
+    until_it_answers(&store).await;
+    assert!(store.connected_for() < started.elapsed() - 2 * impatient);
+    // Whether the first try took effect or not: the second says what was charged, and it was charged once.
+    assert_eq!(ledger.settle(&bill).await.unwrap().amount.nano(), 3_200);
+    assert_eq!(house.balance().await.charged.nano(), 3_200);
+    house.assert_balanced().await;
+}
+
 #[tokio::test]
 async fn functions_that_were_lost_are_loaded_again_by_the_next_call() {
     let house = House::with_balance(1_000_000).await;
@@ -116,6 +138,8 @@ async fn a_store_out_of_memory_refuses_and_stays_sound() {
     assert!(matches!(refused, Err(AdmitError::Store(StoreError::Refused(_)))), "{refused:?}");
     let refused = house.ledger.settle(&settlement(&admitted, 1)).await;
     assert!(matches!(refused, Err(LedgerError::Store(StoreError::Refused(_)))), "{refused:?}");
+    // Owners could not renew either.
+    assert_eq!(house.store.connected_for(), Duration::ZERO);
     redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg(0).exec_async(&mut raw).await.unwrap();
     house.assert_balanced().await;
     house.ledger.settle(&settlement(&admitted, 1)).await.unwrap();
