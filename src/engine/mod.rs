@@ -60,10 +60,18 @@ pub struct EngineEvent {
 #[derive(Debug, PartialEq)]
 pub enum EngineEventBody {
     /// `tokens` counts the decoded tokens since the last event, also those whose text is still held back.
-    Delta { text: String, tokens: u32 },
-    Finished { reason: FinishReason, usage: Usage },
+    Delta {
+        text: String,
+        tokens: u32,
+    },
+    Finished {
+        reason: FinishReason,
+        usage: Usage,
+    },
     /// This request alone cannot be served.
-    Failed { message: String },
+    Failed {
+        message: String,
+    },
 }
 
 /// What to run and how much of it.
