@@ -1,1 +1,4 @@
+//! Integration tests: real ONNX Runtime, real model, real store, one binary.
 
+mod engine;
+mod support;

@@ -1,0 +1,216 @@
+//! Llama-family models on ONNX Runtime: the graph, its weights, and our operators in it.
+//!
+//! Matrices are rotated and quantised to int8 with one scale per output channel; activations are quantised
+//! row by row, so a row's numbers never depend on its neighbours; integer sums are exact in any order.
+
+mod attention;
+mod graph;
+mod kv;
+mod operators;
+mod proto;
+mod providers;
+pub mod reference;
+mod rotation;
+mod rows;
+mod runtime;
+pub(crate) mod simd;
+mod step;
+mod weights;
+
+use std::sync::Arc;
+
+use ort::{
+    session::{Session, builder::GraphOptimizationLevel},
+    value::{DynValue, Tensor, TensorRef},
+};
+use parking_lot::RwLock;
+
+pub use runtime::{OnnxRuntime, RuntimeOptions};
+
+use super::{Batch, EngineError, Forward};
+use crate::model::{GgufError, LlamaParams, ModelFile};
+use graph::{Dim, Graph};
+use kv::{KvCache, KvShape};
+use operators::Shared;
+use proto::DataType;
+use rotation::Rotation;
+use weights::Linear;
+
+/// Bytes that one KV block of `block_tokens` tokens takes.
+pub fn kv_block_bytes(params: &LlamaParams, block_tokens: usize) -> usize {
+    KvShape::new(params, block_tokens, 1).block_bytes()
+}
+
+/// A loaded model with its KV cache. Lives on the engine's thread.
+pub struct OnnxModel {
+    session: Session,
+    shared: Arc<Shared>,
+    file: Arc<ModelFile>,
+    rotation: Rotation,
+    /// Embeddings of the step's rows, `[rows, width]`.
+    embeddings: Vec<f32>,
+    scratch: Vec<f32>,
+    /// Kept, because the logits that were handed out live in it.
+    logits: Option<DynValue>,
+}
+
+impl OnnxModel {
+    pub fn load(
+        runtime: &OnnxRuntime,
+        file: &Arc<ModelFile>,
+        kv_blocks: usize,
+        kv_block_tokens: usize,
+        context_tokens: usize,
+    ) -> Result<Self, EngineError> {
+        let params = &file.params;
+        if params.head_size > 256 || params.heads / params.kv_heads > 16 {
+            return Err(EngineError::Limits("heads of this size or grouping are not supported".into()));
+        }
+        let rotation = Rotation::new(params.width);
+        let shared = Arc::new(Shared {
+            step: RwLock::default(),
+            cache: KvCache::new(KvShape::new(params, kv_block_tokens, kv_blocks))?,
+            params: params.clone(),
+            angles: Shared::angles(params, context_tokens),
+            hadamard_block: weights::ffn_hadamard(params),
+        });
+        let linears = weights::load(file, &rotation)?;
+        let session = session(runtime, &shared, linears)?;
+        Ok(Self {
+            session,
+            shared,
+            file: Arc::clone(file),
+            rotation,
+            embeddings: Vec::new(),
+            scratch: Vec::new(),
+            logits: None,
+        })
+    }
+
+    /// The rotated embedding of each row, straight from the file.
+    fn embed(&mut self, batch: &Batch) -> Result<usize, GgufError> {
+        let width = self.file.params.width;
+        self.embeddings.resize(batch.rows() * width, 0.0);
+        let tokens = batch.sequences.iter().flat_map(|s| &s.tokens[s.computed..s.computed + s.rows]);
+        for (token, out) in tokens.zip(self.embeddings.chunks_exact_mut(width)) {
+            self.file.gguf.dequantize_rows("token_embd.weight", *token as usize, out)?;
+            self.rotation.apply(out, &mut self.scratch);
+        }
+        Ok(batch.rows())
+    }
+}
+
+impl Forward for OnnxModel {
+    fn vocabulary(&self) -> usize {
+        self.file.params.vocabulary
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<&[f32], EngineError> {
+        let rows = self.embed(batch)?;
+        let is_sampled = {
+            let mut step = self.shared.step.write();
+            step.set(batch, self.shared.cache.shape.block_tokens)?;
+            !step.sampled.is_empty()
+        };
+        let shape = [rows, self.file.params.width];
+        let x = TensorRef::from_array_view((shape, &self.embeddings[..]))?;
+        let mut outputs = self.session.run(ort::inputs!["x" => x])?;
+        let logits = outputs.remove("logits").ok_or_else(|| EngineError::Limits("the graph gave no logits".into()))?;
+        drop(outputs);
+        let logits = self.logits.insert(logits);
+        if !is_sampled {
+            return Ok(&[]);
+        }
+        Ok(logits.try_extract_tensor::<f32>()?.1)
+    }
+}
+
+fn session(runtime: &OnnxRuntime, shared: &Arc<Shared>, linears: Vec<Linear>) -> Result<Session, EngineError> {
+    let params = &shared.params;
+    // See `simd::HAS_INT8_DOT` for why the type of the weights depends on the machine.
+    let signed = *simd::HAS_INT8_DOT;
+    let graph = int8_graph(params, &linears, if signed { DataType::I8 } else { DataType::U8 });
+    let mut builder = Session::builder(&runtime.environment)?
+        .with_operators(operators::domain(shared)?)
+        .and_then(|b| b.with_memory_pattern(false))
+        .and_then(|b| b.with_optimization_level(GraphOptimizationLevel::Level1))
+        .map_err(ort::Error::from)?;
+    builder = providers::register(builder, &runtime.options.providers)?;
+    let add = |builder: ort::session::builder::SessionBuilder, name: &str, value: DynValue| {
+        builder.with_external_initializer(name, value).map_err(|e| EngineError::Onnx(e.into()))
+    };
+    builder = add(builder, "zero_point", Tensor::from_array(([1usize], vec![rows::ZERO_POINT]))?.into_dyn())?;
+    for linear in linears {
+        let shape = [linear.inputs, linear.outputs];
+        let weight = if signed {
+            // Flipping the top bit turns "unsigned around 128" into two's complement.
+            let signed = linear.quants.into_iter().map(|q| (q ^ 0x80).cast_signed()).collect::<Vec<i8>>();
+            Tensor::from_array((shape, signed))?.into_dyn()
+        } else {
+            Tensor::from_array((shape, linear.quants))?.into_dyn()
+        };
+        builder = add(builder, &format!("{}.weight", linear.name), weight)?;
+        let scales = Tensor::from_array(([linear.outputs], linear.scales))?.into_dyn();
+        builder = add(builder, &format!("{}.scale", linear.name), scales)?;
+    }
+    Ok(builder.commit_from_memory(&graph)?)
+}
+
+/// The graph of one step: `x` `[rows, width]`, the rotated embeddings, to `logits` `[sampled, vocabulary]`.
+fn int8_graph(params: &LlamaParams, linears: &[Linear], weight_type: DataType) -> Vec<u8> {
+    let mut g = Graph::default();
+    g.input("x", DataType::F32, &[Dim::Named("rows"), Dim::Fixed(params.width)]);
+    g.output("logits", DataType::F32, &[Dim::Named("sampled"), Dim::Fixed(params.vocabulary)]);
+    g.weight("zero_point", DataType::U8, &[1]);
+    for linear in linears {
+        g.weight(&format!("{}.weight", linear.name), weight_type, &[linear.inputs, linear.outputs]);
+        g.weight(&format!("{}.scale", linear.name), DataType::F32, &[linear.outputs]);
+    }
+    let product = |g: &mut Graph, name: &str, input: &str| {
+        let weight = format!("{name}.weight");
+        let mut inputs = vec![input, &weight, "zero_point"];
+        if weight_type == DataType::U8 {
+            inputs.push("zero_point");
+        }
+        g.node("MatMulInteger", &inputs, &[&format!("{name}.products")], vec![]);
+    };
+    let mut residual = "x".to_owned();
+    g.own("NormQuantize", &["x"], &["l0.in", "l0.in_scale"], vec![]);
+    for i in 0..params.layers {
+        let n = |part: &str| format!("l{i}.{part}");
+        product(&mut g, &n("qkv"), &n("in"));
+        g.own(
+            "Attention",
+            &[&n("qkv.products"), &n("in_scale"), &n("qkv.scale")],
+            &[&n("mixed"), &n("mixed_scale")],
+            vec![graph::int("layer", i as i64)],
+        );
+        product(&mut g, &n("o"), &n("mixed"));
+        g.own(
+            "AddNormQuantize",
+            &[&residual, &n("o.products"), &n("mixed_scale"), &n("o.scale")],
+            &[&n("attended"), &n("ffn_in"), &n("ffn_in_scale")],
+            vec![],
+        );
+        product(&mut g, &n("gate_up"), &n("ffn_in"));
+        g.own(
+            "SiluMulQuantize",
+            &[&n("gate_up.products"), &n("ffn_in_scale"), &n("gate_up.scale")],
+            &[&n("hidden"), &n("hidden_scale")],
+            vec![],
+        );
+        product(&mut g, &n("down"), &n("hidden"));
+        let inputs = [n("attended"), n("down.products"), n("hidden_scale"), n("down.scale")];
+        let inputs = inputs.each_ref().map(String::as_str);
+        if i + 1 < params.layers {
+            let n = |part: &str| format!("l{}.{part}", i + 1);
+            residual = n("x");
+            g.own("AddNormQuantize", &inputs, &[&residual, &n("in"), &n("in_scale")], vec![]);
+        } else {
+            g.own("SampledNormQuantize", &inputs, &["head.in", "head.in_scale"], vec![]);
+        }
+    }
+    product(&mut g, "head", "head.in");
+    g.own("Dequantize", &["head.products", "head.in_scale", "head.scale"], &["logits"], vec![]);
+    g.encode()
+}

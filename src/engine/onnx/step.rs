@@ -1,0 +1,75 @@
+//! Where the rows of the step that is running stand: what our operators need beside tensors.
+
+use super::Batch;
+use crate::engine::EngineError;
+
+/// Rows of one sequence that attention computes together.
+const TILE_ROWS_MAX: usize = 8;
+
+#[derive(Default)]
+pub struct Step {
+    /// For each packed row: its sequence and its position in it.
+    pub rows: Vec<RowPlace>,
+    /// KV blocks of all sequences, one after the other.
+    pub blocks: Vec<u32>,
+    pub sequences: Vec<SequencePlace>,
+    /// Work items of attention: consecutive rows of one sequence.
+    pub tiles: Vec<Tile>,
+    /// Packed rows whose logits are wanted.
+    pub sampled: Vec<u32>,
+}
+
+#[derive(Clone, Copy)]
+pub struct RowPlace {
+    pub sequence: u32,
+    pub position: u32,
+}
+
+#[derive(Clone, Copy)]
+pub struct SequencePlace {
+    /// Its part of `Step::blocks`.
+    pub blocks_from: usize,
+    pub blocks_len: usize,
+}
+
+#[derive(Clone, Copy)]
+pub struct Tile {
+    pub first_row: usize,
+    pub rows: usize,
+}
+
+impl Step {
+    /// # Errors
+    /// A sequence has too few blocks for its rows, or no rows: the scheduler broke its contract.
+    pub fn set(&mut self, batch: &Batch, block_tokens: usize) -> Result<(), EngineError> {
+        self.rows.clear();
+        self.blocks.clear();
+        self.sequences.clear();
+        self.tiles.clear();
+        self.sampled.clear();
+        for (index, sequence) in batch.sequences.iter().enumerate() {
+            let end = sequence.computed + sequence.rows;
+            if sequence.rows == 0 || end > sequence.tokens.len() || end > sequence.blocks.len() * block_tokens {
+                return Err(EngineError::Limits("a sequence was scheduled without tokens or KV blocks".into()));
+            }
+            let first_row = self.rows.len();
+            let place = |position| RowPlace { sequence: index as u32, position: position as u32 };
+            self.rows.extend((sequence.computed..end).map(place));
+            for from in (0..sequence.rows).step_by(TILE_ROWS_MAX) {
+                let rows = TILE_ROWS_MAX.min(sequence.rows - from);
+                self.tiles.push(Tile { first_row: first_row + from, rows });
+            }
+            self.sequences.push(SequencePlace { blocks_from: self.blocks.len(), blocks_len: sequence.blocks.len() });
+            self.blocks.extend_from_slice(sequence.blocks);
+            if sequence.is_sampled() {
+                self.sampled.push(self.rows.len() as u32 - 1);
+            }
+        }
+        Ok(())
+    }
+
+    pub fn blocks_of(&self, sequence: u32) -> &[u32] {
+        let place = &self.sequences[sequence as usize];
+        &self.blocks[place.blocks_from..][..place.blocks_len]
+    }
+}

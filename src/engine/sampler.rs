@@ -1,0 +1,176 @@
+//! The next token from a row of logits.
+//!
+//! A pure function of (logits, parameters, position): random numbers come from a counter, not from a
+//! state, so that a stream taken over by another worker goes on as it would have.
+
+use crate::domain::SamplingParams;
+
+/// Chooses the token at `position` (counted in tokens from the prompt's first).
+pub fn sample(logits: &[f32], params: &SamplingParams, position: usize, scratch: &mut Scratch) -> u32 {
+    if params.temperature < 1e-5 || params.top_k == 1 {
+        return argmax(logits);
+    }
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weights = &mut scratch.weights;
+    weights.clear();
+    weights.extend(logits.iter().map(|x| ((x - largest) / params.temperature).exp()));
+    let draw = uniform(params.seed, position as u64);
+    let is_truncated = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
+    if !is_truncated {
+        return draw_in_order(weights.iter().copied().zip(0..), draw);
+    }
+    let kept = truncate(weights, &mut scratch.candidates, params);
+    draw_in_order(kept.iter().copied(), draw)
+}
+
+/// Buffers that one engine reuses for every sample.
+#[derive(Default)]
+pub struct Scratch {
+    weights: Vec<f32>,
+    candidates: Vec<(f32, u32)>,
+}
+
+/// The first of the largest.
+fn argmax(logits: &[f32]) -> u32 {
+    // In two passes that the compiler turns into vector code; comparing and remembering in one does not.
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (chunks, rest) = logits.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = if *x > *lane { *x } else { *lane };
+        }
+    }
+    let largest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+    logits.iter().position(|x| *x == largest).unwrap_or(0) as u32
+}
+
+/// Token and weight of those that top-k, top-p and min-p leave, largest first.
+fn truncate<'a>(weights: &[f32], candidates: &'a mut Vec<(f32, u32)>, params: &SamplingParams) -> &'a [(f32, u32)] {
+    let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
+    let wanted = total * f64::from(params.top_p);
+    // The largest weight is 1. Few tokens weigh more than a millionth of it, and nearly always they carry
+    // all the mass that top-p asks for; sorting the whole vocabulary is the rare case.
+    for floor in [1e-6f32, 0.0] {
+        let floor = floor.max(params.min_p);
+        candidates.clear();
+        let heavy = weights.iter().zip(0u32..).filter(|(w, _)| **w >= floor);
+        candidates.extend(heavy.map(|(w, token)| (*w, token)));
+        let carried: f64 = candidates.iter().map(|(w, _)| f64::from(*w)).sum();
+        let enough_tokens = params.top_k == 0 || candidates.len() >= params.top_k as usize;
+        if floor == params.min_p
+            || (carried >= wanted && enough_tokens)
+            || (params.top_p >= 1.0 && enough_tokens && params.top_k > 0)
+        {
+            break;
+        }
+    }
+    candidates.sort_unstable_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    if params.top_k > 0 {
+        candidates.truncate(params.top_k as usize);
+    }
+    if params.top_p < 1.0 {
+        // Top-p is of the mass that top-k left.
+        let mass: f64 = if params.top_k > 0 { candidates.iter().map(|(w, _)| f64::from(*w)).sum() } else { total };
+        let wanted = mass * f64::from(params.top_p);
+        let mut reached = 0.0;
+        let keep = candidates.iter().position(|(w, _)| {
+            reached += f64::from(*w);
+            reached >= wanted
+        });
+        candidates.truncate(keep.map_or(candidates.len(), |last| last + 1).max(1));
+    }
+    candidates
+}
+
+/// The candidate under `draw` of the way through the summed weights.
+fn draw_in_order(candidates: impl Iterator<Item = (f32, u32)> + Clone, draw: f64) -> u32 {
+    let total: f64 = candidates.clone().map(|(w, _)| f64::from(w)).sum();
+    let target = draw * total;
+    let mut reached = 0.0;
+    let mut last = 0;
+    for (weight, token) in candidates {
+        if weight > 0.0 {
+            reached += f64::from(weight);
+            last = token;
+            if reached > target {
+                break;
+            }
+        }
+    }
+    last
+}
+
+/// In [0, 1), from the seed and a counter. Source: SplitMix64 (Steele, Lea, Flood 2014), twice.
+fn uniform(seed: u64, counter: u64) -> f64 {
+    let mixed = split_mix(split_mix(seed) ^ counter.wrapping_mul(0xd1b5_4a32_d192_ed03));
+    (mixed >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn split_mix(seed: u64) -> u64 {
+    let z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> SamplingParams {
+        SamplingParams { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 7 }
+    }
+
+    /// How often each token is drawn over many positions.
+    fn counts(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
+        let mut counts = vec![0.0; logits.len()];
+        for position in 0..20_000 {
+            counts[sample(logits, params, position, &mut Scratch::default()) as usize] += 1.0 / 20_000.0;
+        }
+        counts
+    }
+
+    #[test]
+    fn greedy_takes_the_first_of_the_largest() {
+        let logits: Vec<f32> = (0..100).map(|i| if i == 37 || i == 61 { 5.0 } else { 0.0 }).collect();
+        let greedy = SamplingParams { temperature: 0.0, ..params() };
+        assert_eq!(sample(&logits, &greedy, 0, &mut Scratch::default()), 37);
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let logits = [1f32.ln(), 2f32.ln(), 7f32.ln()];
+        let counts = counts(&logits, &params());
+        for (count, expected) in counts.iter().zip([0.1, 0.2, 0.7]) {
+            assert!((count - expected).abs() < 0.015, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn truncations_leave_out_what_they_should_and_renormalise_the_rest() {
+        let logits = [1f32.ln(), 2f32.ln(), 3f32.ln(), 4f32.ln()];
+        let cases = [
+            (SamplingParams { top_k: 2, ..params() }, [0.0, 0.0, 3.0 / 7.0, 4.0 / 7.0]),
+            (SamplingParams { top_p: 0.65, ..params() }, [0.0, 0.0, 3.0 / 7.0, 4.0 / 7.0]),
+            (SamplingParams { top_p: 0.75, ..params() }, [0.0, 2.0 / 9.0, 3.0 / 9.0, 4.0 / 9.0]),
+            (SamplingParams { min_p: 0.7, ..params() }, [0.0, 0.0, 3.0 / 7.0, 4.0 / 7.0]),
+            (SamplingParams { top_p: 0.0, ..params() }, [0.0, 0.0, 0.0, 1.0]),
+        ];
+        for (params, expected) in cases {
+            let counts = counts(&logits, &params);
+            for (count, expected) in counts.iter().zip(expected) {
+                assert!((count - expected).abs() < 0.015, "{params:?}: {counts:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_seed_and_position_repeat_and_others_do_not() {
+        let logits = vec![0.0; 1000];
+        let draw =
+            |seed, position| sample(&logits, &SamplingParams { seed, ..params() }, position, &mut Scratch::default());
+        assert_eq!(draw(1, 5), draw(1, 5));
+        let differs = (0..100).filter(|i| draw(1, *i) != draw(2, *i) && draw(1, *i) != draw(1, i + 1)).count();
+        assert!(differs > 90);
+    }
+}
