@@ -66,6 +66,24 @@ impl Audit {
         self.fault(fault);
     }
 
+    /// What must be remembered of an entry, so that what it did never happens again: field and value among
+    /// the ends.
+    pub fn end_of(entry: &Entry) -> Option<(String, String)> {
+        match entry.kind {
+            EntryKind::Grant => Some((format!("grant {}", entry.request), entry.amount.nano().to_string())),
+            EntryKind::Hold => None,
+            EntryKind::Post => Some((entry.request.clone(), format!("post {}", entry.amount.nano()))),
+            EntryKind::Release => Some((entry.request.clone(), format!("release {}", entry.note))),
+        }
+    }
+
+    pub fn remembered(&mut self, entry: &Entry, expected: &str, remembered: Option<&str>) {
+        if remembered != Some(expected) {
+            let remembered = remembered.unwrap_or("nothing");
+            self.fault(format!("the end by entry {} is remembered as `{remembered}`, not `{expected}`", entry.seq));
+        }
+    }
+
     pub fn take(&mut self, entry: &Entry) {
         let seq = entry.seq;
         if seq != self.next_seq {

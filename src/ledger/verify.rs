@@ -3,7 +3,7 @@ use std::collections::{HashMap, HashSet};
 use serde::Serialize;
 
 use super::{
-    Ledger, LedgerError,
+    Entry, Ledger, LedgerError,
     audit::{Audit, Stored},
     entry,
 };
@@ -71,6 +71,7 @@ impl Ledger {
             if page.is_empty() {
                 break;
             }
+            let mut ended = Vec::new();
             for (id, fields) in page {
                 let seq = id.split('-').next().and_then(|seq| seq.parse().ok());
                 after = seq.ok_or_else(|| StoreError::Damaged(format!("{tenant}: entry number {id}")))?;
@@ -78,12 +79,39 @@ impl Ledger {
                     break;
                 }
                 match entry::parse(&id, &fields) {
-                    Ok(entry) => audit.take(&entry),
+                    Ok(entry) => {
+                        audit.take(&entry);
+                        ended.extend(Audit::end_of(&entry).map(|end| (entry, end)));
+                    }
                     Err(fault) => audit.unreadable(fault),
                 }
             }
+            self.check_ends(tenant, &mut audit, &ended).await?;
         }
         Ok(audit)
+    }
+
+    /// Whether the store remembers the ends that the entries record, which is what keeps a settlement from
+    /// being repeated. An end is never forgotten, so it does not matter that time has passed since the snapshot.
+    async fn check_ends(
+        &self,
+        tenant: &TenantId,
+        audit: &mut Audit,
+        ended: &[(Entry, (String, String))],
+    ) -> Result<(), StoreError> {
+        if ended.is_empty() {
+            return Ok(());
+        }
+        let mut command = redis::cmd("HMGET");
+        command.arg(keys::ended(tenant));
+        for (_, (field, _)) in ended {
+            command.arg(field);
+        }
+        let remembered: Vec<Option<String>> = self.store.query(&command).await?;
+        for ((entry, (_, expected)), remembered) in ended.iter().zip(remembered) {
+            audit.remembered(entry, expected, remembered.as_deref());
+        }
+        Ok(())
     }
 
     async fn snapshot(&self, tenant: &TenantId) -> Result<Option<Stored>, StoreError> {

@@ -29,22 +29,30 @@ pub struct Store {
 }
 
 impl Store {
-    /// Connects and loads the functions. `url` is `redis://…`, or `unix:///path` (`redis+unix:///path`).
+    /// Connects and loads the functions; one attempt, whose failure names its cause. `url` is `redis://…`, or
+    /// `unix:///path` (`redis+unix:///path`).
     pub async fn connect(url: &str, command_timeout: Duration) -> Result<Self, StoreError> {
         let client = open_client(url, command_timeout)
             .map_err(|source| StoreError::Address { url: without_password(url), source })?;
+        Self::connect_with(client, command_timeout)
+            .await
+            .map_err(|source| StoreError::Connect { url: without_password(url), source: Box::new(source) })
+    }
+
+    async fn connect_with(client: Client, command_timeout: Duration) -> Result<Self, StoreError> {
+        // The manager below would hide the cause behind its own repeated attempts.
+        match tokio::time::timeout(command_timeout, client.get_multiplexed_async_connection()).await {
+            Ok(Ok(_probe)) => {}
+            Ok(Err(error)) => return Err(classify(error)),
+            Err(_) => return Err(StoreError::TimedOut(command_timeout.as_millis())),
+        }
         let config = ConnectionManagerConfig::new()
             .set_connection_timeout(Some(command_timeout))
             .set_response_timeout(Some(command_timeout))
             .set_min_delay(RECONNECT_DELAY_MIN)
             .set_max_delay(RECONNECT_DELAY_MAX)
             .set_number_of_retries(RECONNECT_ATTEMPTS);
-        let connecting = ConnectionManager::new_with_config(client.clone(), config);
-        // The attempts of a whole round may add up to several times the time of one command.
-        let connection = tokio::time::timeout(command_timeout.saturating_mul(3), connecting)
-            .await
-            .map_err(|_| StoreError::TimedOut(command_timeout.saturating_mul(3).as_millis()))?
-            .map_err(StoreError::Unreachable)?;
+        let connection = ConnectionManager::new_lazy_with_config(client.clone(), config).map_err(classify)?;
         let store = Self { client, connection, command_timeout, reachable_since: Arc::default() };
         store.load_functions().await?;
         Ok(store)

@@ -26,6 +26,12 @@ pub enum StoreError {
         #[source]
         source: redis::RedisError,
     },
+    #[error("cannot connect to the store at {url}: {source}")]
+    Connect {
+        url: String,
+        #[source]
+        source: Box<StoreError>,
+    },
     /// Not reachable, or no answer in time. Whether the command took effect is unknown.
     #[error("the store is not reachable: {0}")]
     Unreachable(#[source] redis::RedisError),
@@ -42,6 +48,10 @@ pub enum StoreError {
 impl StoreError {
     /// Whether trying again later may help without anybody's doing anything.
     pub fn is_transient(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::TimedOut(_) | Self::Refused(_))
+        match self {
+            Self::Connect { source, .. } => source.is_transient(),
+            Self::Unreachable(_) | Self::TimedOut(_) | Self::Refused(_) => true,
+            Self::Address { .. } | Self::Damaged(_) => false,
+        }
     }
 }

@@ -1,4 +1,11 @@
-//! Integration tests: real ONNX Runtime, real model, real store, one binary.
+//! Everything tested together: a real store, a real model, real ONNX Runtime; one binary.
+
+mod support;
 
 mod engine;
-mod support;
+
+mod store_accounts;
+mod store_money;
+mod store_outage;
+mod store_queue;
+mod store_verify;

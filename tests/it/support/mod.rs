@@ -1,1 +1,5 @@
+//! What the tests stand on: real servers, the real model, and a house furnished on them.
+
+pub mod house;
 pub mod model;
+pub mod valkey;
