@@ -3,6 +3,8 @@
 mod support;
 
 mod engine;
+mod edge_chat;
+mod edge_refusals;
 
 mod store_accounts;
 mod store_money;
