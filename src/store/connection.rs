@@ -110,17 +110,21 @@ impl Store {
 
     pub(crate) async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, StoreError> {
         let mut connection = self.connection.clone();
-        let answer = self.within_limit(async move { connection.send_packed_command(command).await }).await?;
-        from_value(answer)
+        // An error that the server answers with arrives as a value like any other.
+        let answer =
+            self.within_limit(async move { connection.send_packed_command(command).await?.extract_error() }).await?;
+        T::from_redis_value(answer).map_err(|error| StoreError::Damaged(format!("unexpected answer: {error}")))
     }
 
     /// Several commands in one round trip; not a transaction.
     pub(crate) async fn query_all(&self, commands: &redis::Pipeline) -> Result<Vec<Value>, StoreError> {
         let mut connection = self.connection.clone();
         let count = commands.cmd_iter().count();
-        let answers =
-            self.within_limit(async move { connection.send_packed_commands(commands, 0, count).await }).await?;
-        answers.into_iter().map(|answer| answer.extract_error().map_err(classify)).collect()
+        self.within_limit(async move {
+            let answers = connection.send_packed_commands(commands, 0, count).await?;
+            answers.into_iter().map(Value::extract_error).collect()
+        })
+        .await
     }
 
     async fn load_functions(&self) -> Result<(), StoreError> {
@@ -154,11 +158,6 @@ fn open_client(url: &str, command_timeout: Duration) -> RedisResult<Client> {
     #[cfg(target_os = "linux")]
     let tcp = tcp.set_user_timeout(command_timeout);
     Client::open(info.set_tcp_settings(tcp))
-}
-
-fn from_value<T: FromRedisValue>(value: Value) -> Result<T, StoreError> {
-    let value = value.extract_error().map_err(classify)?;
-    T::from_redis_value(value).map_err(|error| StoreError::Damaged(format!("unexpected answer: {error}")))
 }
 
 fn classify(error: RedisError) -> StoreError {

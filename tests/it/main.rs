@@ -3,6 +3,7 @@
 mod support;
 
 mod edge_chat;
+mod edge_prompt;
 mod edge_refusals;
 mod engine;
 mod store_accounts;
