@@ -2,9 +2,9 @@
 
 mod support;
 
-mod engine;
 mod edge_chat;
 mod edge_refusals;
+mod engine;
 
 mod store_accounts;
 mod store_money;
