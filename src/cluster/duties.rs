@@ -157,7 +157,7 @@ pub async fn sweep(
             Ok(0) => {}
             Ok(holds) => {
                 tracing::warn!(holds, "released holds that nobody renewed");
-                metrics.expired_holds.add(i64::try_from(holds).unwrap_or(i64::MAX));
+                metrics.expired_holds.inc_by(holds as u64);
             }
             Err(error) => tracing::warn!(%error, "cannot sweep holds"),
         }
