@@ -1,1 +1,25 @@
+//! HTTP: where a request becomes a job, and tokens become an answer.
+//!
+//! The life of a request here: authenticate, read and [parse](request), render and tokenise on the prompt
+//! pool, put the money on hold, publish, stream what comes back. Promises that a refusal costs nothing, that
+//! every answer names its request, that a stream ends with `[DONE]` or with an error event, and that a
+//! client's going away gives the request up at once. Never touches an engine, never settles: what was used
+//! is known where it was computed.
 
+mod auth;
+mod body;
+mod chat;
+mod error;
+mod fields;
+mod json;
+mod models;
+mod openai;
+mod request;
+mod server;
+mod sse;
+mod state;
+mod status;
+
+pub use error::ApiError;
+pub use server::{EdgeError, EdgeHandle, spawn};
+pub use state::{EdgeSpec, Readiness, ServedModel};

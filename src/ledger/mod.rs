@@ -1,1 +1,353 @@
+//! Prepaid money: grants, holds, settlements, and the proof that they add up.
+//!
+//! Promises, per tenant and at every instant: grants = balance + open holds + charges − refunds; the balance
+//! is never below zero; one settlement per request, ever; every change appends one entry to a ledger from
+//! which [`Ledger::verify`] can re-add everything. Holds are leases: what nobody renews is released, and costs
+//! nothing. Never computes with floats, never charges more than was held, and never takes an amount that it
+//! cannot read for zero.
 
+mod audit;
+mod entry;
+mod verify;
+
+use std::time::Duration;
+
+use futures::{StreamExt, TryStreamExt, stream};
+use serde::Serialize;
+
+pub use entry::{Entry, EntryKind};
+pub use verify::Report;
+
+use crate::{
+    domain::{FinishReason, KeyId, ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage},
+    store::{Function, Reply, Store, StoreError, keys},
+};
+
+/// Calls to the store that one operation over many tenants has under way at a time.
+pub(crate) const CALLS_AT_ONCE: usize = 32;
+/// Holds of one tenant that one call sweeps or renews.
+const HOLDS_PER_CALL: usize = 256;
+/// Tenants asked about expired holds in one round trip.
+const TENANTS_PER_ROUND: usize = 512;
+/// Longest text that a person may attach to a grant.
+const NOTE_BYTES_MAX: usize = 256;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The hold expired or was released before the request was settled. It is free of charge.
+    #[error("the hold of {0} is gone; the request is free of charge")]
+    HoldExpired(RequestId),
+    #[error("{request} would cost {amount}, more than the {held} on hold for it")]
+    ExceedsHold { request: RequestId, amount: NanoUsd, held: NanoUsd },
+    #[error("{0} was admitted for another key, model or price than it is settled with")]
+    OtherTerms(RequestId),
+    #[error("there is no tenant {0}")]
+    UnknownTenant(TenantId),
+    #[error("{0} is not an amount that can be granted")]
+    NotGrantable(NanoUsd),
+    #[error("a note may have at most {NOTE_BYTES_MAX} bytes and a reference must not be empty")]
+    BadText,
+    #[error(transparent)]
+    Money(#[from] MoneyError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What a request that has ended is billed for. The terms are those of its admission.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settlement {
+    pub request: RequestId,
+    pub tenant: TenantId,
+    pub key: KeyId,
+    pub model: ModelId,
+    pub usage: Usage,
+    pub price: Price,
+    pub price_version: String,
+    pub reason: FinishReason,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settled {
+    /// What the request was charged, by this call or by an earlier one.
+    pub amount: NanoUsd,
+    /// An earlier call had settled it; this one changed nothing.
+    pub repeated: bool,
+}
+
+/// Why a hold was given up without a charge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReleaseReason {
+    /// Admitted, and then not accepted by the queue.
+    NotQueued,
+    /// The client went away before any work was done.
+    Withdrawn,
+    WorkerFailed,
+    DeadlineExceeded,
+    Draining,
+}
+
+impl ReleaseReason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotQueued => "not_queued",
+            Self::Withdrawn => "withdrawn",
+            Self::WorkerFailed => "worker_failed",
+            Self::DeadlineExceeded => "deadline_exceeded",
+            Self::Draining => "draining",
+        }
+    }
+}
+
+/// Money of a tenant at one instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Balance {
+    /// Free to be spent.
+    #[serde(rename = "balance_nano_usd")]
+    pub balance: NanoUsd,
+    /// Set aside for requests under way.
+    #[serde(rename = "held_nano_usd")]
+    pub held: NanoUsd,
+    #[serde(rename = "charged_nano_usd")]
+    pub charged: NanoUsd,
+    #[serde(rename = "granted_nano_usd")]
+    pub granted: NanoUsd,
+    #[serde(rename = "refunded_nano_usd")]
+    pub refunded: NanoUsd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Granted {
+    #[serde(rename = "balance_nano_usd")]
+    pub balance: NanoUsd,
+    /// This reference had been granted before; this call changed nothing.
+    pub repeated: bool,
+}
+
+#[derive(Clone)]
+pub struct Ledger {
+    store: Store,
+    hold_lease: Duration,
+}
+
+impl Ledger {
+    /// `hold_lease`: a hold that nobody has renewed for this long is released.
+    pub fn new(store: Store, hold_lease: Duration) -> Self {
+        Self { store, hold_lease }
+    }
+
+    pub fn hold_lease(&self) -> Duration {
+        self.hold_lease
+    }
+
+    /// Charges what was used and gives the rest of the hold back. Safe to repeat until it answers: a request
+    /// is settled once, ever.
+    pub async fn settle(&self, settlement: &Settlement) -> Result<Settled, LedgerError> {
+        let Settlement { request, tenant, key, model, usage, price, price_version, reason } = settlement;
+        let amount = price.cost(usage)?;
+        let numbers = [
+            amount.nano().to_string(),
+            usage.prompt_tokens.to_string(),
+            usage.completion_tokens.to_string(),
+            usage.cached_tokens.to_string(),
+            price.input.nano().to_string(),
+            price.output.nano().to_string(),
+        ];
+        let [cost, prompt, completion, cached, input, output] = &numbers;
+        let arguments = [
+            tenant.as_str(),
+            request.as_str(),
+            cost,
+            key.as_str(),
+            model.as_str(),
+            prompt,
+            completion,
+            cached,
+            input,
+            output,
+            price_version,
+            reason.as_str(),
+        ];
+        let mut reply = self.call(Function::Settle, tenant, &arguments).await?;
+        match reply.word() {
+            "posted" => Ok(Settled { amount, repeated: false }),
+            "ended" => {
+                let how: String = reply.next("end of the request")?;
+                match how.strip_prefix("post ") {
+                    Some(posted) => Ok(Settled { amount: entry::nano(posted, "posted amount")?, repeated: true }),
+                    None => Err(LedgerError::HoldExpired(request.clone())),
+                }
+            }
+            "absent" => Err(LedgerError::HoldExpired(request.clone())),
+            "exceeds_hold" => {
+                let held = entry::nano(&reply.next::<String>("hold")?, "hold")?;
+                Err(LedgerError::ExceedsHold { request: request.clone(), amount, held })
+            }
+            "other_terms" => Err(LedgerError::OtherTerms(request.clone())),
+            "unknown_tenant" => Err(LedgerError::UnknownTenant(tenant.clone())),
+            _ => Err(reply.unexpected("settle").into()),
+        }
+    }
+
+    /// Gives a hold back without a charge. `false`: it had ended before, one way or the other.
+    pub async fn release(
+        &self,
+        tenant: &TenantId,
+        request: &RequestId,
+        why: ReleaseReason,
+    ) -> Result<bool, LedgerError> {
+        let arguments = [tenant.as_str(), request.as_str(), why.as_str()];
+        let reply = self.call(Function::Release, tenant, &arguments).await?;
+        match reply.word() {
+            "released" => Ok(true),
+            "absent" => Ok(false),
+            _ => Err(reply.unexpected("release").into()),
+        }
+    }
+
+    /// Extends the leases of open holds by one lease from now. Those that have ended are passed over.
+    pub async fn renew_holds(&self, holds: &[(TenantId, RequestId)]) -> Result<(), LedgerError> {
+        let mut by_tenant = std::collections::BTreeMap::<&TenantId, Vec<&RequestId>>::new();
+        for (tenant, request) in holds {
+            by_tenant.entry(tenant).or_default().push(request);
+        }
+        let lease_ms = &self.hold_lease.as_millis().to_string();
+        let calls = by_tenant.iter().flat_map(|(tenant, requests)| {
+            requests.chunks(HOLDS_PER_CALL).map(move |requests| async move {
+                let mut arguments = vec![lease_ms.as_str()];
+                arguments.extend(requests.iter().map(|request| request.as_str()));
+                let reply = self.call(Function::Renew, tenant, &arguments).await?;
+                match reply.word() {
+                    "renewed" => Ok(()),
+                    _ => Err(LedgerError::from(reply.unexpected("renew"))),
+                }
+            })
+        });
+        stream::iter(calls.collect::<Vec<_>>()).buffer_unordered(CALLS_AT_ONCE).try_collect::<Vec<()>>().await?;
+        Ok(())
+    }
+
+    /// Releases holds whose lease ran out; answers how many. Within one lease after the store was away it
+    /// releases none, because their owners could not renew them either.
+    pub async fn sweep_expired_holds(&self) -> Result<usize, LedgerError> {
+        // The question also finds out whether the store was away, which is only known once it has answered.
+        let now = self.store.now_unix_ms().await?;
+        if self.store.connected_for() < self.hold_lease {
+            return Ok(0);
+        }
+        let mut swept = 0;
+        for round in self.tenants().await?.chunks(TENANTS_PER_ROUND) {
+            let mut question = redis::pipe();
+            for tenant in round {
+                question.cmd("ZCOUNT").arg(keys::hold_leases(tenant)).arg("-inf").arg(now);
+            }
+            let counts = self.store.query_all(&question).await?;
+            for (tenant, count) in round.iter().zip(counts) {
+                if count == redis::Value::Int(0) {
+                    continue;
+                }
+                match self.sweep_tenant(tenant).await {
+                    Ok(released) => swept += released,
+                    // One damaged account must not keep the holds of all others.
+                    Err(LedgerError::Store(StoreError::Damaged(fault))) => {
+                        tracing::error!(%tenant, fault, "cannot release expired holds");
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(swept)
+    }
+
+    /// Adds prepaid money. The same `reference` is granted once per tenant, so that a call whose answer was
+    /// lost may be repeated.
+    pub async fn grant(
+        &self,
+        tenant: &TenantId,
+        amount: NanoUsd,
+        reference: &str,
+        note: &str,
+    ) -> Result<Granted, LedgerError> {
+        if amount <= NanoUsd::ZERO {
+            return Err(LedgerError::NotGrantable(amount));
+        }
+        if reference.is_empty() || reference.len() > NOTE_BYTES_MAX || note.len() > NOTE_BYTES_MAX {
+            return Err(LedgerError::BadText);
+        }
+        let nano = amount.nano().to_string();
+        let mut reply = self.call(Function::Grant, tenant, &[tenant.as_str(), reference, &nano, note]).await?;
+        let repeated = match reply.word() {
+            "granted" => false,
+            "repeated" => true,
+            "overflow" => return Err(MoneyError::Overflow.into()),
+            "unknown_tenant" => return Err(LedgerError::UnknownTenant(tenant.clone())),
+            _ => return Err(reply.unexpected("grant").into()),
+        };
+        Ok(Granted { balance: entry::nano(&reply.next::<String>("balance")?, "balance")?, repeated })
+    }
+
+    pub async fn balance(&self, tenant: &TenantId) -> Result<Balance, LedgerError> {
+        let mut command = redis::cmd("HMGET");
+        command.arg(keys::account(tenant)).arg(&["balance", "held", "charged", "granted", "refunded"]);
+        let fields: Vec<Option<String>> = self.store.query(&command).await?;
+        if fields.iter().all(Option::is_none) {
+            return Err(LedgerError::UnknownTenant(tenant.clone()));
+        }
+        let field = |index: usize, name: &str| {
+            let text = fields.get(index).and_then(Option::as_deref);
+            let text = text.ok_or_else(|| StoreError::Damaged(format!("account of {tenant} lacks {name}")))?;
+            entry::nano(text, name)
+        };
+        Ok(Balance {
+            balance: field(0, "balance")?,
+            held: field(1, "held")?,
+            charged: field(2, "charged")?,
+            granted: field(3, "granted")?,
+            refunded: field(4, "refunded")?,
+        })
+    }
+
+    /// Entries of a tenant after entry number `after` (0 for the first), at most `limit` of them.
+    pub async fn entries(&self, tenant: &TenantId, after: u64, limit: usize) -> Result<Vec<Entry>, LedgerError> {
+        let raw = self.raw_entries(tenant, after, limit).await?;
+        raw.into_iter().map(|(id, fields)| Ok(entry::parse(&id, &fields).map_err(StoreError::Damaged)?)).collect()
+    }
+
+    /// The last `limit` entries of a tenant, oldest first.
+    pub async fn last_entries(&self, tenant: &TenantId, limit: usize) -> Result<Vec<Entry>, LedgerError> {
+        let written: Option<u64> = self.store.query(redis::cmd("HGET").arg(keys::account(tenant)).arg("seq")).await?;
+        let written = written.ok_or_else(|| LedgerError::UnknownTenant(tenant.clone()))?;
+        self.entries(tenant, written.saturating_sub(limit as u64), limit).await
+    }
+
+    /// All tenants, in order of creation.
+    pub(crate) async fn tenants(&self) -> Result<Vec<TenantId>, StoreError> {
+        let ids: Vec<String> = self.store.query(redis::cmd("ZRANGE").arg(keys::TENANTS).arg(0).arg(-1)).await?;
+        Ok(ids.into_iter().map(TenantId::from).collect())
+    }
+
+    async fn raw_entries(&self, tenant: &TenantId, after: u64, limit: usize) -> Result<Vec<entry::Raw>, StoreError> {
+        let mut command = redis::cmd("XRANGE");
+        command.arg(keys::entries(tenant)).arg(format!("({after}-0")).arg("+").arg("COUNT").arg(limit);
+        self.store.query(&command).await
+    }
+
+    async fn sweep_tenant(&self, tenant: &TenantId) -> Result<usize, LedgerError> {
+        let limit = HOLDS_PER_CALL.to_string();
+        let mut swept = 0;
+        loop {
+            let mut reply = self.call(Function::Sweep, tenant, &[tenant.as_str(), &limit]).await?;
+            if reply.word() != "swept" {
+                return Err(reply.unexpected("sweep").into());
+            }
+            swept += reply.next::<usize>("holds swept")?;
+            if reply.next::<usize>("leases seen")? < HOLDS_PER_CALL {
+                return Ok(swept);
+            }
+        }
+    }
+
+    async fn call(&self, function: Function, tenant: &TenantId, arguments: &[&str]) -> Result<Reply, StoreError> {
+        let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.as_bytes()).collect();
+        self.store.call(function, &keys::ledger(tenant), &arguments).await
+    }
+}

@@ -1,5 +1,47 @@
-//! What a model reads: chat template and tokeniser. CPU-bound, never does I/O.
+//! From messages to token ids: the model's own chat template, then its tokeniser, on threads of their own.
+//!
+//! Promises that text which a client wrote never becomes a control token, however it is spelled and
+//! whatever the template does with it, and that a prompt too long is refused after a bounded amount of
+//! work. CPU-bound and pure: never does I/O, never speaks HTTP, never keeps a message.
 
+mod pool;
+mod render;
+mod template;
 mod tokenizer;
 
+pub use pool::{PromptModel, PromptPool};
+pub use render::Encoder;
+pub use template::{Message, Role, Template};
 pub use tokenizer::{Tokenizer, TokenizerError};
+
+/// Why there is no prompt.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PromptError {
+    /// The template itself does not compile: the model's file is at fault.
+    #[error("chat template does not compile: {0}")]
+    Template(String),
+    #[error("the model's file has no chat template")]
+    NoTemplate,
+    /// A control token of one character could not be kept out of what clients write.
+    #[error("control token `{0}` is a single character")]
+    ControlToken(String),
+    /// The template called `raise_exception`: the conversation has a shape that the model was not made for.
+    #[error("{0}")]
+    Refused(String),
+    /// The template failed otherwise.
+    #[error("chat template failed: {0}")]
+    Render(String),
+    #[error("tokeniser failed: {0}")]
+    Encode(String),
+    /// `tokens` is exact, or a lower bound where counting all would have been work for nothing.
+    #[error("prompt has {}{tokens} tokens, more than {context}", if *.at_least { "at least " } else { "" })]
+    TooLong { tokens: usize, at_least: bool, context: usize },
+    /// Too many requests wait for a prompt thread.
+    #[error("prompt pool is full")]
+    Full,
+    #[error("no prompt thread serves model {0}")]
+    UnknownModel(String),
+    /// The pool is gone, or the request's handler panicked.
+    #[error("prompt pool failed: {0}")]
+    Pool(String),
+}

@@ -1,7 +1,7 @@
 //! The law of metric names. Labels are bounded: `model` is a configured model, the others are enums.
 
 use prometheus::{
-    Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
 /// All metrics of one process. Cheap to share behind an `Arc`; every method is lock-free after the
@@ -43,11 +43,11 @@ pub struct Metrics {
     /// Refusals at admission by `reason`.
     pub refusals: IntCounterVec,
     /// Holds released because nobody renewed them.
-    pub expired_holds: IntGauge,
+    pub expired_holds: IntCounter,
     /// grants - balance - holds - charges + refunds over all tenants; anything but 0 is an alarm.
     pub ledger_imbalance_nano_usd: IntGauge,
     /// Streams cut because their client read too slowly.
-    pub slow_streams_cut: IntGauge,
+    pub slow_streams_cut: IntCounter,
 }
 
 const SECONDS_TTFT: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
@@ -70,6 +70,11 @@ impl Metrics {
             let gauge = IntGauge::new(name, help).expect("valid metric");
             registry.register(Box::new(gauge.clone())).expect("metric name is used once");
             gauge
+        };
+        let plain_counter = |name: &str, help: &str| {
+            let counter = IntCounter::new(name, help).expect("valid metric");
+            registry.register(Box::new(counter.clone())).expect("metric name is used once");
+            counter
         };
         let histogram = |name: &str, help: &str, buckets: &[f64]| {
             let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
@@ -108,9 +113,9 @@ impl Metrics {
             preemptions: counter("lightcone_preemptions_total", "Sequences preempted for want of KV blocks", model),
             worker_restarts: counter("lightcone_worker_restarts_total", "Restarts of worker actors", model),
             refusals: counter("lightcone_refusals_total", "Refused requests by reason", &["reason"]),
-            expired_holds: plain_gauge("lightcone_expired_holds_total", "Holds released because nobody renewed them"),
+            expired_holds: plain_counter("lightcone_expired_holds_total", "Holds released because nobody renewed them"),
             ledger_imbalance_nano_usd: plain_gauge("lightcone_ledger_imbalance_nano_usd", "Must be 0"),
-            slow_streams_cut: plain_gauge(
+            slow_streams_cut: plain_counter(
                 "lightcone_slow_streams_cut_total",
                 "Streams cut because their client read too slowly",
             ),
@@ -129,5 +134,21 @@ impl Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_that_ends_in_total_is_a_counter_and_nothing_else_is() {
+        let metrics = Metrics::new();
+        metrics.http_requests.with_label_values(&["/healthz", "200"]).inc();
+        metrics.running.with_label_values(&["m"]).set(1);
+        for line in metrics.render().lines().filter(|line| line.starts_with("# TYPE ")) {
+            let words: Vec<&str> = line.split(' ').collect();
+            assert_eq!(words[2].ends_with("_total"), words[3] == "counter", "{line}");
+        }
     }
 }

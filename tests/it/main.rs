@@ -1,4 +1,14 @@
-//! Integration tests: real ONNX Runtime, real model, real store, one binary.
+//! Everything tested together: real ONNX Runtime, real model, real store, one binary.
 
-mod engine;
 mod support;
+
+mod edge_chat;
+mod edge_prompt;
+mod edge_refusals;
+mod engine;
+mod store_accounts;
+mod store_money;
+mod store_outage;
+mod store_queue;
+mod store_verify;
+mod tidy;

@@ -1,0 +1,401 @@
+//! The only mapping of failures to HTTP.
+//!
+//! A client sees the external message; the cause goes to the log. Never says more about the inside than
+//! whether the client or we are at fault.
+
+use actix_web::{
+    HttpResponse, HttpResponseBuilder, ResponseError,
+    body::BoxBody,
+    http::{StatusCode, header},
+};
+use serde::Serialize;
+
+use crate::{domain::FailureCode, prompt::PromptError};
+
+/// An error as the wire contract has it. Boxed, so that whatever may fail stays cheap to return.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ApiError(Box<Fault>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Fault {
+    status: StatusCode,
+    kind: &'static str,
+    code: Option<&'static str>,
+    param: Option<String>,
+    message: String,
+    retry_after_ms: Option<u64>,
+    never_retry: bool,
+    allow: Option<&'static str>,
+    close: bool,
+    /// Why it was refused, as the metrics name it.
+    reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct Envelope<'a> {
+    error: Body<'a>,
+}
+
+#[derive(Serialize)]
+struct Body<'a> {
+    message: &'a str,
+    #[serde(rename = "type")]
+    kind: &'a str,
+    param: Option<&'a str>,
+    code: Option<&'a str>,
+}
+
+const INVALID_REQUEST: &str = "invalid_request_error";
+
+/// How long a client should wait where we cannot know better.
+const RETRY_STORE_MS: u64 = 1_000;
+const RETRY_WORKER_MS: u64 = 1_000;
+const RETRY_DRAIN_MS: u64 = 2_000;
+const RETRY_PROMPT_MS: u64 = 250;
+
+impl ApiError {
+    fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
+        Self(Box::new(Fault {
+            status,
+            kind,
+            code: Some(code),
+            param: None,
+            message: message.into(),
+            retry_after_ms: None,
+            never_retry: false,
+            allow: None,
+            close: false,
+            reason: code,
+        }))
+    }
+
+    fn retry_after(mut self, ms: u64) -> Self {
+        self.0.retry_after_ms = Some(ms);
+        self
+    }
+
+    // -- shape of the request --------------------------------------------------------------------------
+
+    /// A 400 that names the field.
+    pub fn field(code: &'static str, param: impl Into<String>, message: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, code, message);
+        error.0.param = Some(param.into());
+        error
+    }
+
+    pub fn malformed_json(message: impl Into<String>) -> Self {
+        let why = format!("We could not parse the JSON body of your request: {}", message.into());
+        Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, "invalid_json", why)
+    }
+
+    /// 400 for a body that broke off or is not HTTP.
+    pub fn broken_body() -> Self {
+        let mut error = Self::new(
+            StatusCode::BAD_REQUEST,
+            INVALID_REQUEST,
+            "incomplete_body",
+            "The request body ended before it was complete.",
+        );
+        error.0.close = true;
+        error
+    }
+
+    pub fn body_too_late(limit_ms: u64) -> Self {
+        let why = format!("The request body did not arrive within {limit_ms} ms.");
+        let mut error = Self::new(StatusCode::REQUEST_TIMEOUT, INVALID_REQUEST, "request_timeout", why);
+        error.0.close = true;
+        error
+    }
+
+    pub fn body_too_large(limit: usize) -> Self {
+        let why = format!("The request body is larger than {limit} bytes.");
+        let mut error = Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID_REQUEST, "request_too_large", why);
+        error.0.close = true;
+        error
+    }
+
+    pub fn unsupported_media_type(message: impl Into<String>) -> Self {
+        let mut error =
+            Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, "unsupported_media_type", message);
+        error.0.close = true;
+        error
+    }
+
+    pub fn method_not_allowed(method: &str, path: &str, allow: &'static str) -> Self {
+        let why = format!("Not allowed to {} on {}.", shorten(method), shorten(path));
+        let mut error = Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID_REQUEST, "method_not_allowed", why);
+        error.0.allow = Some(allow);
+        error
+    }
+
+    pub fn unknown_path(method: &str, path: &str) -> Self {
+        let why = format!("Unknown request URL: {} {}.", shorten(method), shorten(path));
+        Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "not_found", why)
+    }
+
+    pub fn model_not_found(model: &str) -> Self {
+        let why = format!("The model `{}` does not exist or you do not have access to it.", shorten(model));
+        let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "model_not_found", why);
+        error.0.param = Some("model".into());
+        error
+    }
+
+    // -- who asks, and with what money -----------------------------------------------------------------
+
+    pub fn no_key() -> Self {
+        Self::unauthorized(
+            "You didn't provide an API key. Provide it in an Authorization header: `Authorization: Bearer YOUR_KEY`.",
+        )
+    }
+
+    pub fn bad_key() -> Self {
+        Self::unauthorized("Incorrect API key provided.")
+    }
+
+    fn unauthorized(why: &str) -> Self {
+        let mut error = Self::new(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key", why);
+        error.0.close = true;
+        error
+    }
+
+    pub fn permission_denied(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "permission_error", "permission_denied", message)
+    }
+
+    pub fn insufficient_balance() -> Self {
+        let why = "Your balance does not cover this request: its prompt plus the most output that it may have. \
+                   Add credit, or ask for fewer tokens with max_completion_tokens.";
+        let mut error = Self::new(StatusCode::PAYMENT_REQUIRED, "insufficient_quota", "insufficient_quota", why);
+        error.0.never_retry = true;
+        error
+    }
+
+    // -- too much, or not now --------------------------------------------------------------------------
+
+    pub fn queue_full(retry_after_ms: u64) -> Self {
+        let why = "Too many requests wait for this model. Try again shortly.";
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", why)
+            .retry_after(retry_after_ms.max(1));
+        error.0.reason = "queue_full";
+        error
+    }
+
+    fn prompt_pool_full() -> Self {
+        let why = "Too many prompts are being read. Try again shortly.";
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", why)
+            .retry_after(RETRY_PROMPT_MS);
+        error.0.reason = "prompt_pool_full";
+        error
+    }
+
+    fn unavailable(reason: &'static str, message: &str, retry_after_ms: u64) -> Self {
+        let status = StatusCode::SERVICE_UNAVAILABLE;
+        let mut error =
+            Self::new(status, "service_unavailable", "service_unavailable", message).retry_after(retry_after_ms);
+        error.0.reason = reason;
+        error
+    }
+
+    pub fn store_away() -> Self {
+        Self::unavailable("store_away", "The service cannot reach its store. Nothing was charged.", RETRY_STORE_MS)
+    }
+
+    pub fn draining() -> Self {
+        Self::unavailable("draining", "This node is shutting down. Try again.", RETRY_DRAIN_MS)
+    }
+
+    /// A non-streamed answer that took longer than we keep a client waiting.
+    pub fn too_slow() -> Self {
+        Self::unavailable("too_slow", "The answer took too long. Stream it, or ask for fewer tokens.", RETRY_WORKER_MS)
+    }
+
+    /// Our fault. The client learns no more; the caller has logged why.
+    pub fn internal() -> Self {
+        let why = "The server had an error while processing your request. Nothing was charged.";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "server_error", why)
+    }
+
+    /// A request that the worker's side failed.
+    pub fn failed(code: FailureCode) -> Self {
+        match code {
+            FailureCode::WorkerFailed => {
+                let why = "The worker that ran your request failed. Nothing was charged. Try again.";
+                let mut error = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "server_error", why);
+                error.0.reason = "worker_failed";
+                error
+            }
+            FailureCode::DeadlineExceeded => Self::unavailable(
+                "deadline_exceeded",
+                "No worker was free in time. Nothing was charged. Try again.",
+                RETRY_WORKER_MS,
+            ),
+            FailureCode::Draining => Self::unavailable(
+                "draining",
+                "This node is shutting down and could not finish your request. Nothing was charged. Try again.",
+                RETRY_DRAIN_MS,
+            ),
+            FailureCode::SlowConsumer => {
+                let why = "The answer was read too slowly and its buffer overflowed. The stream was cut.";
+                let status = StatusCode::SERVICE_UNAVAILABLE;
+                let mut error = Self::new(status, "service_unavailable", "slow_consumer", why);
+                error.0.never_retry = true;
+                error
+            }
+        }
+    }
+
+    pub fn status(&self) -> StatusCode {
+        self.0.status
+    }
+
+    /// A bounded set of words, for metrics.
+    pub fn reason(&self) -> &'static str {
+        self.0.reason
+    }
+
+    #[cfg(test)]
+    pub(super) fn code(&self) -> Option<&'static str> {
+        self.0.code
+    }
+
+    #[cfg(test)]
+    pub(super) fn param(&self) -> Option<&str> {
+        self.0.param.as_deref()
+    }
+
+    #[cfg(test)]
+    pub(super) fn message(&self) -> &str {
+        &self.0.message
+    }
+
+    /// `{"error": {…}}`, also what a stream that has begun ends with.
+    pub fn json(&self) -> Vec<u8> {
+        let error =
+            Body { message: &self.0.message, kind: self.0.kind, param: self.0.param.as_deref(), code: self.0.code };
+        serde_json::to_vec(&Envelope { error }).expect("strings serialise")
+    }
+}
+
+impl std::fmt::Display for ApiError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}: {}", self.0.status.as_u16(), self.0.reason, self.0.message)
+    }
+}
+
+impl std::error::Error for ApiError {}
+
+impl ResponseError for ApiError {
+    fn status_code(&self) -> StatusCode {
+        self.0.status
+    }
+
+    fn error_response(&self) -> HttpResponse<BoxBody> {
+        let mut answer = HttpResponseBuilder::new(self.0.status);
+        answer.content_type("application/json");
+        if let Some(ms) = self.0.retry_after_ms {
+            answer.insert_header((header::RETRY_AFTER, ms.div_ceil(1000).max(1).to_string()));
+            answer.insert_header(("retry-after-ms", ms.to_string()));
+        }
+        if self.0.never_retry {
+            answer.insert_header(("x-should-retry", "false"));
+        }
+        if let Some(allow) = self.0.allow {
+            answer.insert_header((header::ALLOW, allow));
+        }
+        if self.0.close {
+            // The rest of the body, if there is one, is not worth reading.
+            answer.force_close();
+        }
+        answer.body(self.json())
+    }
+}
+
+impl From<PromptError> for ApiError {
+    fn from(error: PromptError) -> Self {
+        match error {
+            PromptError::TooLong { tokens, at_least, context } => {
+                let at_least = if at_least { "at least " } else { "" };
+                let why = format!(
+                    "This model's maximum context length is {context} tokens. However, your messages resulted in \
+                     {at_least}{tokens} tokens, and the answer needs one more. Please shorten the messages."
+                );
+                Self::field("context_length_exceeded", "messages", why)
+            }
+            PromptError::Refused(why) => {
+                let why = format!("This model's chat template refused the messages: {}", shorten(&why));
+                Self::field("invalid_value", "messages", why)
+            }
+            PromptError::Full => Self::prompt_pool_full(),
+            error @ (PromptError::NoTemplate
+            | PromptError::Template(_)
+            | PromptError::ControlToken(_)
+            | PromptError::Render(_)
+            | PromptError::Encode(_)
+            | PromptError::UnknownModel(_)
+            | PromptError::Pool(_)) => {
+                tracing::error!(%error, "prompt failed");
+                Self::internal()
+            }
+        }
+    }
+}
+
+/// A client's own words in an error: short, on one line.
+pub(super) fn shorten(text: &str) -> String {
+    const CHARACTERS: usize = 80;
+    let clean = |c: char| if c.is_control() { '\u{FFFD}' } else { c };
+    let mut short: String = text.chars().take(CHARACTERS).map(clean).collect();
+    if text.chars().nth(CHARACTERS).is_some() {
+        short.push('…');
+    }
+    short
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_error_is_an_openai_error_object_with_a_string_code() {
+        let errors = [
+            ApiError::no_key(),
+            ApiError::insufficient_balance(),
+            ApiError::queue_full(250),
+            ApiError::store_away(),
+            ApiError::draining(),
+            ApiError::internal(),
+            ApiError::model_not_found("x"),
+            ApiError::failed(FailureCode::WorkerFailed),
+            PromptError::TooLong { tokens: 9000, at_least: false, context: 8192 }.into(),
+        ];
+        for error in errors {
+            let json: serde_json::Value = serde_json::from_slice(&error.json()).unwrap();
+            let body = json["error"].as_object().unwrap();
+            assert_eq!(body.keys().collect::<Vec<_>>(), ["message", "type", "param", "code"]);
+            assert!(body["message"].is_string() && body["type"].is_string() && body["code"].is_string());
+            assert!(body["param"].is_string() || body["param"].is_null());
+        }
+    }
+
+    #[test]
+    fn retry_headers_say_what_is_worth_retrying() {
+        let header = |error: &ApiError, name: &str| {
+            error.error_response().headers().get(name).map(|value| value.to_str().unwrap().to_owned())
+        };
+        let full = ApiError::queue_full(1250);
+        assert_eq!(header(&full, "retry-after").as_deref(), Some("2"));
+        assert_eq!(header(&full, "retry-after-ms").as_deref(), Some("1250"));
+        let poor = ApiError::insufficient_balance();
+        assert_eq!(header(&poor, "x-should-retry").as_deref(), Some("false"));
+        assert!(header(&ApiError::store_away(), "retry-after").is_some());
+        let get = ApiError::method_not_allowed("GET", "/", "POST");
+        assert_eq!(header(&get, "allow").as_deref(), Some("POST"));
+    }
+
+    #[test]
+    fn a_clients_words_are_shortened_and_kept_on_one_line() {
+        assert_eq!(shorten("a\nb"), "a\u{FFFD}b");
+        assert_eq!(shorten(&"é".repeat(81)).chars().count(), 81);
+        assert_eq!(shorten(&"é".repeat(80)).chars().count(), 80);
+    }
+}

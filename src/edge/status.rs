@@ -1,0 +1,33 @@
+//! For those who run the node: is it alive, is it ready, what has it done.
+
+use actix_web::{HttpResponse, http::header, web};
+use serde_json::json;
+
+use super::state::EdgeState;
+
+/// The process answers.
+pub(super) async fn healthz() -> HttpResponse {
+    HttpResponse::Ok().json(json!({ "status": "ok" }))
+}
+
+/// A request sent now would be served.
+pub(super) async fn readyz(state: web::Data<EdgeState>) -> HttpResponse {
+    let mut reasons = Vec::new();
+    if state.is_draining() {
+        reasons.push("draining".to_owned());
+    }
+    if !state.pool.is_alive() {
+        reasons.push("no prompt pool".to_owned());
+    }
+    reasons.extend((state.readiness)().await);
+    if reasons.is_empty() {
+        return HttpResponse::Ok().json(json!({ "status": "ready" }));
+    }
+    HttpResponse::ServiceUnavailable()
+        .insert_header((header::RETRY_AFTER, "1"))
+        .json(json!({ "status": "not ready", "reasons": reasons }))
+}
+
+pub(super) async fn metrics(state: web::Data<EdgeState>) -> HttpResponse {
+    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(state.metrics.render())
+}

@@ -1,0 +1,215 @@
+//! The shared line of requests of each model, kept in the store.
+//!
+//! Promises: first come, first served within a tenant; between tenants the one that has received the fewest
+//! tokens comes first, and one that was idle saves up nothing; a claim belongs to one owner and one attempt,
+//! and nobody else can renew or acknowledge it; every change is one atomic function on the store, whose clock
+//! alone decides what has expired. A full line refuses ([`PublishError::Full`]); it never waits, and one
+//! tenant cannot fill the last ninth of it. Never looks into a job.
+
+use std::time::Duration;
+
+use crate::{
+    domain::{Claim, Job, ModelId, NodeId, RequestId, TenantId},
+    store::{Function, Reply, Store, StoreError, Subscription, keys},
+};
+
+/// First byte of a stored job. A node that reads another one was not made for this queue's jobs.
+const JOB_FORMAT: u8 = 1;
+/// Requests that one sweep takes out at most; the rest is for the next one.
+const EXPIRED_PER_SWEEP: usize = 256;
+
+#[derive(Clone, Copy, Debug)]
+pub struct QueueLimits {
+    /// Requests that may wait per model.
+    pub depth_max: usize,
+    /// A claim that its owner has not renewed for this long is taken back.
+    pub claim_lease: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    #[error("the queue is full; try again in {retry_after_ms} ms")]
+    Full { retry_after_ms: u64 },
+    #[error("the job cannot be encoded: {0}")]
+    Encoding(#[from] postcard::Error),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+#[derive(Clone)]
+pub struct Queue {
+    store: Store,
+    limits: QueueLimits,
+}
+
+impl Queue {
+    pub fn new(store: Store, limits: QueueLimits) -> Self {
+        Self { store, limits }
+    }
+
+    /// Puts a job at the end of its tenant's line. To publish the same request twice is to publish it once.
+    pub async fn publish(&self, job: &Job) -> Result<(), PublishError> {
+        let payload = encode(job)?;
+        let cost = job.prompt.len().max(1).to_string();
+        // The two times come from the edge's clock, but only their distance is used.
+        let wait_ms = job.deadline_unix_ms.saturating_sub(job.enqueued_unix_ms).to_string();
+        let depth_max = self.limits.depth_max.to_string();
+        let channel = keys::queue_channel(&job.model);
+        let arguments = [
+            job.request.as_str().as_bytes(),
+            job.tenant.as_str().as_bytes(),
+            &payload,
+            cost.as_bytes(),
+            wait_ms.as_bytes(),
+            depth_max.as_bytes(),
+            channel.as_bytes(),
+        ];
+        let mut reply: Reply = self.store.call(Function::QueuePublish, &keys::queue(&job.model), &arguments).await?;
+        match reply.word() {
+            "published" => Ok(()),
+            "full" => Err(PublishError::Full { retry_after_ms: reply.next("time to wait")? }),
+            _ => Err(reply.unexpected("publish").into()),
+        }
+    }
+
+    /// Takes up to `room` requests, each from the tenant whose turn it is, and charges their prompt tokens to
+    /// that tenant's count.
+    pub async fn claim(&self, model: &ModelId, owner: &NodeId, room: usize) -> Result<Vec<Claim>, StoreError> {
+        if room == 0 {
+            return Ok(Vec::new());
+        }
+        let (room, lease) = (room.to_string(), self.lease_ms());
+        let arguments = [owner.as_str().as_bytes(), room.as_bytes(), lease.as_bytes()];
+        let taken: Vec<(String, u32, Vec<u8>)> =
+            self.store.call(Function::QueueClaim, &keys::queue(model), &arguments).await?;
+        let mut claims = Vec::with_capacity(taken.len());
+        for (request, attempt, payload) in taken {
+            match decode(&payload) {
+                Ok(job) => claims.push(Claim { job, owner: owner.clone(), attempt }),
+                // Nobody of this version can run it. It stays a claim that nobody renews, and is swept.
+                Err(error) => tracing::error!(%model, request, %error, "claimed a job that cannot be read"),
+            }
+        }
+        Ok(claims)
+    }
+
+    /// Extends the leases of `claims` (request and attempt). Answers those that are no longer the owner's:
+    /// it must stop working on them.
+    pub async fn renew(
+        &self,
+        model: &ModelId,
+        owner: &NodeId,
+        claims: &[(RequestId, u32)],
+    ) -> Result<Vec<RequestId>, StoreError> {
+        self.fenced(Function::QueueRenew, model, owner, &self.lease_ms(), claims).await
+    }
+
+    /// Returns claims that were not started to the places where they stood, for any worker to take. Answers
+    /// those that were no longer the owner's.
+    pub async fn give_back(
+        &self,
+        model: &ModelId,
+        owner: &NodeId,
+        claims: &[(RequestId, u32)],
+    ) -> Result<Vec<RequestId>, StoreError> {
+        self.fenced(Function::QueueGiveBack, model, owner, &keys::queue_channel(model), claims).await
+    }
+
+    /// Forgets a request that has ended, and adds its output tokens to the tenant's count. `false`: the claim
+    /// is no longer the owner's, and nothing was changed.
+    pub async fn acknowledge(
+        &self,
+        model: &ModelId,
+        owner: &NodeId,
+        request: &RequestId,
+        attempt: u32,
+        completion_tokens: u32,
+    ) -> Result<bool, StoreError> {
+        let (attempt, tokens) = (attempt.to_string(), completion_tokens.to_string());
+        let arguments = [owner.as_str().as_bytes(), request.as_str().as_bytes(), attempt.as_bytes(), tokens.as_bytes()];
+        let reply: Reply = self.store.call(Function::QueueAcknowledge, &keys::queue(model), &arguments).await?;
+        match reply.word() {
+            "acknowledged" => Ok(true),
+            "lost" => Ok(false),
+            _ => Err(reply.unexpected("acknowledge")),
+        }
+    }
+
+    /// Takes back a request that nobody has claimed. `true`: it was still waiting and is now gone.
+    pub async fn withdraw(&self, model: &ModelId, tenant: &TenantId, request: &RequestId) -> Result<bool, StoreError> {
+        let arguments = [tenant.as_str().as_bytes(), request.as_str().as_bytes()];
+        let reply: Reply = self.store.call(Function::QueueWithdraw, &keys::queue(model), &arguments).await?;
+        match reply.word() {
+            "withdrawn" => Ok(true),
+            "absent" => Ok(false),
+            _ => Err(reply.unexpected("withdraw")),
+        }
+    }
+
+    /// Requests that wait for `model`.
+    pub async fn depth(&self, model: &ModelId) -> Result<usize, StoreError> {
+        self.store.query(redis::cmd("ZCARD").arg(keys::queue_line(model))).await
+    }
+
+    /// Takes out, for good, requests past their deadline and claims whose lease ran out; each is answered to
+    /// exactly one caller. `attempt` 0 and an empty owner mark a request that no worker ever claimed. Claims
+    /// are spared for one lease after an outage of the store, so that their owners can renew them first.
+    pub async fn expired(&self, model: &ModelId) -> Result<Vec<Claim>, StoreError> {
+        // Whether the store was away is only known once it has answered.
+        self.store.ping().await?;
+        let claims_too = if self.store.connected_for() >= self.limits.claim_lease { "1" } else { "0" };
+        let limit = EXPIRED_PER_SWEEP.to_string();
+        let arguments = [limit.as_bytes(), claims_too.as_bytes()];
+        let taken: Vec<(String, u32, Vec<u8>)> =
+            self.store.call(Function::QueueExpire, &keys::queue(model), &arguments).await?;
+        let mut expired = Vec::with_capacity(taken.len());
+        for (owner, attempt, payload) in taken {
+            match decode(&payload) {
+                Ok(job) => expired.push(Claim { job, owner: NodeId::from(owner), attempt }),
+                Err(error) => tracing::error!(%model, %error, "dropped a job that cannot be read"),
+            }
+        }
+        Ok(expired)
+    }
+
+    /// Notices that something was published for `model`. Claimers also look by themselves now and then.
+    pub fn wakeups(&self, model: &ModelId) -> Subscription {
+        self.store.subscribe(keys::queue_channel(model))
+    }
+
+    async fn fenced(
+        &self,
+        function: Function,
+        model: &ModelId,
+        owner: &NodeId,
+        second: &str,
+        claims: &[(RequestId, u32)],
+    ) -> Result<Vec<RequestId>, StoreError> {
+        if claims.is_empty() {
+            return Ok(Vec::new());
+        }
+        let attempts: Vec<String> = claims.iter().map(|(_, attempt)| attempt.to_string()).collect();
+        let mut arguments = vec![owner.as_str().as_bytes(), second.as_bytes()];
+        for ((request, _), attempt) in claims.iter().zip(&attempts) {
+            arguments.extend([request.as_str().as_bytes(), attempt.as_bytes()]);
+        }
+        let lost: Vec<String> = self.store.call(function, &keys::queue(model), &arguments).await?;
+        Ok(lost.into_iter().map(RequestId::from).collect())
+    }
+
+    fn lease_ms(&self) -> String {
+        self.limits.claim_lease.as_millis().to_string()
+    }
+}
+
+fn encode(job: &Job) -> Result<Vec<u8>, postcard::Error> {
+    postcard::to_extend(job, vec![JOB_FORMAT])
+}
+
+fn decode(payload: &[u8]) -> Result<Job, String> {
+    match payload.split_first() {
+        Some((&JOB_FORMAT, job)) => postcard::from_bytes(job).map_err(|error| error.to_string()),
+        Some((format, _)) => Err(format!("job format {format}, this program reads {JOB_FORMAT}")),
+        None => Err("an empty job".to_owned()),
+    }
+}

@@ -1,0 +1,76 @@
+use std::sync::LazyLock;
+
+use sha2::{Digest, Sha256};
+
+/// Our functions on the server, by what they do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Function {
+    AccountOpen,
+    Grant,
+    Hold,
+    Settle,
+    Release,
+    Renew,
+    Sweep,
+    Snapshot,
+    QueuePublish,
+    QueueClaim,
+    QueueRenew,
+    QueueAcknowledge,
+    QueueGiveBack,
+    QueueWithdraw,
+    QueueExpire,
+}
+
+impl Function {
+    fn name(self) -> &'static str {
+        match self {
+            Self::AccountOpen => "account_open",
+            Self::Grant => "grant",
+            Self::Hold => "hold",
+            Self::Settle => "settle",
+            Self::Release => "release",
+            Self::Renew => "renew",
+            Self::Sweep => "sweep",
+            Self::Snapshot => "snapshot",
+            Self::QueuePublish => "queue_publish",
+            Self::QueueClaim => "queue_claim",
+            Self::QueueRenew => "queue_renew",
+            Self::QueueAcknowledge => "queue_acknowledge",
+            Self::QueueGiveBack => "queue_give_back",
+            Self::QueueWithdraw => "queue_withdraw",
+            Self::QueueExpire => "queue_expire",
+        }
+    }
+
+    pub(super) fn only_reads(self) -> bool {
+        self == Self::Snapshot
+    }
+}
+
+pub(super) struct Library {
+    pub source: String,
+    version: String,
+}
+
+impl Library {
+    pub fn name_of(&self, function: Function) -> String {
+        format!("lightcone_{}_{}", function.name(), self.version)
+    }
+}
+
+/// The library carries a digest of its own text in its name and in those of its functions, so that nodes of
+/// two versions share a server while one replaces the other, each calling its own.
+pub(super) fn library() -> &'static Library {
+    static LIBRARY: LazyLock<Library> = LazyLock::new(|| {
+        let body = concat!(
+            include_str!("functions/common.lua"),
+            include_str!("functions/ledger.lua"),
+            include_str!("functions/queue.lua")
+        );
+        let version = hex::encode(Sha256::digest(body.as_bytes()))[..12].to_owned();
+        let source = format!("#!lua name=lightcone_{version}\nlocal VERSION = '{version}'\n{body}");
+        Library { source, version }
+    });
+    &LIBRARY
+}

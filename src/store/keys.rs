@@ -1,0 +1,85 @@
+//! Every key and channel name. Nobody else spells one.
+//!
+//! All keys of a tenant share the hash tag `{t:…}` and all keys of a model's queue `{m:…}`, so that each of
+//! our functions touches one slot of a Redis Cluster only.
+
+use crate::domain::{KeyId, ModelId, TenantId};
+
+/// Identifiers of all tenants, scored by time of creation. A tenant exists once it is listed here.
+pub const TENANTS: &str = "lc:tenants";
+
+/// Record of one API key, by the SHA-256 of its secret.
+pub fn api_key(secret_sha256: &str) -> String {
+    format!("lc:key:{secret_sha256}")
+}
+
+/// From a key's identifier to the SHA-256 of its secret.
+pub fn api_key_id(key: &KeyId) -> String {
+    format!("lc:keyid:{key}")
+}
+
+/// API keys of a tenant: identifier to SHA-256 of the secret.
+pub fn tenant_api_keys(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:keys")
+}
+
+/// Money of a tenant: hash of balance, held, charged, granted, refunded, seq, name, created.
+pub fn account(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:account")
+}
+
+/// Open holds of a tenant: request to nano-dollars.
+pub fn holds(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:holds")
+}
+
+/// What each open hold was made for: request to key, model and prices.
+pub fn hold_terms(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:terms")
+}
+
+/// Open holds of a tenant by the time at which they expire.
+pub fn hold_leases(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:leases")
+}
+
+/// How each request of a tenant ended; what makes a settlement, a release and a grant happen once.
+pub fn ended(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:ended")
+}
+
+/// Ledger of a tenant: a stream whose entry numbers count 1, 2, 3 without a gap.
+pub fn entries(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:entries")
+}
+
+/// The keys of a tenant's ledger in the order in which `functions/ledger.lua` takes them.
+pub(crate) fn ledger(tenant: &TenantId) -> [String; 6] {
+    [account(tenant), holds(tenant), hold_terms(tenant), hold_leases(tenant), ended(tenant), entries(tenant)]
+}
+
+/// The keys of a model's queue in the order in which `functions/queue.lua` takes them.
+pub(crate) fn queue(model: &ModelId) -> [String; 9] {
+    let key = |part: &str| format!("lc:{{m:{model}}}:{part}");
+    [
+        key("jobs"),
+        key("line"),
+        key("places"),
+        key("turns"),
+        key("served"),
+        key("deadlines"),
+        key("claims"),
+        key("owners"),
+        key("meta"),
+    ]
+}
+
+/// Requests that wait for a model, in order of tenant and arrival.
+pub(crate) fn queue_line(model: &ModelId) -> String {
+    format!("lc:{{m:{model}}}:line")
+}
+
+/// Told whenever a request was added to a model's queue.
+pub(crate) fn queue_channel(model: &ModelId) -> String {
+    format!("lc:{{m:{model}}}:published")
+}

@@ -1,0 +1,364 @@
+//! The shared queue: bounded, fair, fenced.
+
+use std::{
+    collections::{HashMap, HashSet},
+    slice::from_ref,
+    time::Duration,
+};
+
+use lightcone::{
+    domain::{Claim, Job, ModelId, NanoUsd, NodeId, Price, ReplyTo, RequestId, SamplingParams},
+    queue::{PublishError, Queue, QueueLimits},
+};
+
+use crate::support::{house::at_once, valkey::Valkey};
+
+const LONG: Duration = Duration::from_secs(600);
+
+fn model() -> ModelId {
+    "tzafon.sm-1".into()
+}
+
+fn job(tenant: &str, prompt_tokens: usize) -> Job {
+    Job {
+        request: RequestId::generate(),
+        tenant: tenant.into(),
+        key: "key_1".into(),
+        model: model(),
+        prompt: (0..prompt_tokens as u32).collect(),
+        output_tokens_max: 16,
+        sampling: SamplingParams { temperature: 0.7, top_p: 0.9, top_k: 40, min_p: 0.0, seed: u64::MAX },
+        stop: vec!["\n\n".to_owned(), "\0".to_owned()],
+        ignore_eos: false,
+        price: Price { input: NanoUsd::new(200), output: NanoUsd::new(300) },
+        price_version: "2026-11".to_owned(),
+        hold: NanoUsd::new(6_800),
+        reply_to: ReplyTo { node: NodeId::generate(), relay: Some("127.0.0.1:1".to_owned()) },
+        enqueued_unix_ms: 5_000,
+        deadline_unix_ms: 65_000,
+    }
+}
+
+async fn queue_of(valkey: &Valkey, depth_max: usize, claim_lease: Duration) -> Queue {
+    Queue::new(valkey.store().await, QueueLimits { depth_max, claim_lease })
+}
+
+async fn publish(queue: &Queue, job: &Job) -> RequestId {
+    queue.publish(job).await.expect("there is room");
+    job.request.clone()
+}
+
+fn requests(claims: &[Claim]) -> Vec<RequestId> {
+    claims.iter().map(|claim| claim.job.request.clone()).collect()
+}
+
+fn tenants(claims: &[Claim]) -> Vec<&str> {
+    claims.iter().map(|claim| claim.job.tenant.as_str()).collect()
+}
+
+/// Claims are only swept by someone whose connection is older than a lease.
+async fn until_claims_may_expire(queue: &Queue) -> Vec<Claim> {
+    for _ in 0..500 {
+        let expired = queue.expired(&model()).await.unwrap();
+        if !expired.is_empty() {
+            return expired;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("nothing expired");
+}
+
+#[tokio::test]
+async fn a_job_arrives_as_it_was_sent_and_in_order_of_arrival() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 100, LONG).await;
+    let jobs: Vec<Job> = (1..=5).map(|tokens| job("a", tokens * 100)).collect();
+    for job in &jobs {
+        publish(&queue, job).await;
+    }
+    // Published twice is published once.
+    publish(&queue, &jobs[0]).await;
+    assert_eq!(queue.depth(&model()).await.unwrap(), 5);
+    let me = NodeId::generate();
+    let first = queue.claim(&model(), &me, 2).await.unwrap();
+    let rest = queue.claim(&model(), &me, 32).await.unwrap();
+    let claims: Vec<Claim> = first.into_iter().chain(rest).collect();
+    let expected: Vec<Claim> = jobs.into_iter().map(|job| Claim { job, owner: me.clone(), attempt: 1 }).collect();
+    assert_eq!(claims, expected);
+    assert_eq!(queue.depth(&model()).await.unwrap(), 0);
+    assert_eq!(queue.claim(&model(), &me, 32).await.unwrap(), []);
+    assert_eq!(queue.claim(&"another-model".into(), &me, 32).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_tenant_with_a_hundred_queued_requests_does_not_delay_the_one_of_another() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 512, LONG).await;
+    for _ in 0..100 {
+        publish(&queue, &job("heavy", 50)).await;
+    }
+    let me = NodeId::generate();
+    assert_eq!(queue.claim(&model(), &me, 10).await.unwrap().len(), 10);
+    publish(&queue, &job("light", 50)).await;
+    let next = queue.claim(&model(), &me, 2).await.unwrap();
+    assert!(tenants(&next).contains(&"light"), "{:?}", tenants(&next));
+}
+
+#[tokio::test]
+async fn between_busy_tenants_tokens_are_shared_and_not_requests() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 512, LONG).await;
+    for _ in 0..40 {
+        publish(&queue, &job("short", 10)).await;
+        publish(&queue, &job("long", 100)).await;
+    }
+    let me = NodeId::generate();
+    let mut received = HashMap::<String, usize>::new();
+    for _ in 0..22 {
+        let claim = queue.claim(&model(), &me, 1).await.unwrap().remove(0);
+        *received.entry(claim.job.tenant.to_string()).or_default() += claim.job.prompt.len();
+    }
+    assert!(received["short"].abs_diff(received["long"]) <= 100, "{received:?}");
+}
+
+#[tokio::test]
+async fn tokens_put_out_count_as_much_as_tokens_read() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 512, LONG).await;
+    for _ in 0..5 {
+        publish(&queue, &job("talkative", 10)).await;
+        publish(&queue, &job("terse", 10)).await;
+    }
+    let me = NodeId::generate();
+    for claim in queue.claim(&model(), &me, 2).await.unwrap() {
+        let tokens = if claim.job.tenant.as_str() == "talkative" { 35 } else { 0 };
+        assert!(queue.acknowledge(&model(), &me, &claim.job.request, claim.attempt, tokens).await.unwrap());
+    }
+    let next = queue.claim(&model(), &me, 3).await.unwrap();
+    assert_eq!(tenants(&next), ["terse"; 3]);
+}
+
+#[tokio::test]
+async fn a_tenant_saves_up_nothing_while_it_is_idle() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 512, LONG).await;
+    let me = NodeId::generate();
+    for _ in 0..50 {
+        publish(&queue, &job("busy", 100)).await;
+    }
+    queue.claim(&model(), &me, 30).await.unwrap();
+    for _ in 0..20 {
+        publish(&queue, &job("back", 100)).await;
+    }
+    let next = queue.claim(&model(), &me, 20).await.unwrap();
+    let back = tenants(&next).iter().filter(|tenant| **tenant == "back").count();
+    assert!((9..=11).contains(&back), "{back} of 20");
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_and_says_when_to_come_back() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 4, LONG).await;
+    for tenant in ["a", "a", "a", "b"] {
+        publish(&queue, &job(tenant, 5)).await;
+    }
+    let refused = job("c", 5);
+    let refusal = queue.publish(&refused).await;
+    assert!(matches!(refusal, Err(PublishError::Full { retry_after_ms: 100..=10_000 })), "{refusal:?}");
+    assert_eq!(queue.depth(&model()).await.unwrap(), 4);
+    // Claimed requests do not count, and the refused one left nothing behind.
+    queue.claim(&model(), &NodeId::generate(), 1).await.unwrap();
+    publish(&queue, &refused).await;
+}
+
+#[tokio::test]
+async fn one_tenant_cannot_take_the_last_places_of_a_queue() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 90, LONG).await;
+    let mut taken = 0;
+    while queue.publish(&job("greedy", 5)).await.is_ok() {
+        taken += 1;
+    }
+    assert_eq!(taken, 80);
+    for _ in 0..8 {
+        publish(&queue, &job("modest", 5)).await;
+    }
+}
+
+#[tokio::test]
+async fn only_the_owner_of_the_attempt_may_renew_or_acknowledge() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 100, LONG).await;
+    let (me, other) = (NodeId::generate(), NodeId::generate());
+    let request = publish(&queue, &job("a", 5)).await;
+    queue.claim(&model(), &me, 1).await.unwrap();
+    for (owner, attempt) in [(&other, 1), (&me, 0), (&me, 2)] {
+        let lost = queue.renew(&model(), owner, &[(request.clone(), attempt)]).await.unwrap();
+        assert_eq!(lost, from_ref(&request));
+        assert!(!queue.acknowledge(&model(), owner, &request, attempt, 1).await.unwrap());
+        assert_eq!(queue.give_back(&model(), owner, &[(request.clone(), attempt)]).await.unwrap(), from_ref(&request));
+    }
+    assert_eq!(queue.renew(&model(), &me, &[(request.clone(), 1)]).await.unwrap(), []);
+    assert!(queue.acknowledge(&model(), &me, &request, 1, 1).await.unwrap());
+    assert!(!queue.acknowledge(&model(), &me, &request, 1, 1).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_zombie_that_wakes_after_its_lease_can_do_nothing() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 100, Duration::from_millis(20)).await;
+    let zombie = NodeId::generate();
+    let request = publish(&queue, &job("a", 5)).await;
+    queue.claim(&model(), &zombie, 1).await.unwrap();
+    let expired = until_claims_may_expire(&queue).await;
+    assert_eq!(requests(&expired), from_ref(&request));
+    assert_eq!((&expired[0].owner, expired[0].attempt), (&zombie, 1));
+    assert_eq!(queue.renew(&model(), &zombie, &[(request.clone(), 1)]).await.unwrap(), from_ref(&request));
+    assert!(!queue.acknowledge(&model(), &zombie, &request, 1, 5).await.unwrap());
+    assert_eq!(queue.expired(&model()).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_renewed_claim_outlives_its_first_lease() {
+    let valkey = Valkey::start();
+    let claiming = queue_of(&valkey, 100, Duration::from_millis(300)).await;
+    let renewing = queue_of(&valkey, 100, LONG).await;
+    let me = NodeId::generate();
+    let (kept, lost) = (publish(&claiming, &job("a", 5)).await, publish(&claiming, &job("a", 5)).await);
+    claiming.claim(&model(), &me, 2).await.unwrap();
+    assert_eq!(renewing.renew(&model(), &me, &[(kept.clone(), 1)]).await.unwrap(), []);
+    let expired = until_claims_may_expire(&claiming).await;
+    assert_eq!(requests(&expired), [lost]);
+    assert!(claiming.acknowledge(&model(), &me, &kept, 1, 1).await.unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_expires_is_told_to_exactly_one_sweeper() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 512, Duration::from_millis(1)).await;
+    for _ in 0..50 {
+        publish(&queue, &job("a", 5)).await;
+    }
+    queue.claim(&model(), &NodeId::generate(), 50).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    let told = at_once(16, |_| {
+        let queue = queue.clone();
+        async move { requests(&queue.expired(&model()).await.unwrap()) }
+    })
+    .await;
+    let all: Vec<RequestId> = told.into_iter().flatten().collect();
+    assert_eq!((all.len(), all.iter().collect::<HashSet<_>>().len()), (50, 50));
+}
+
+#[tokio::test]
+async fn a_request_past_its_deadline_is_never_served_and_is_told_of() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 100, LONG).await;
+    let late = Job { deadline_unix_ms: 5_000, ..job("a", 5) };
+    let in_time = job("a", 5);
+    publish(&queue, &late).await;
+    publish(&queue, &in_time).await;
+    let claims = queue.claim(&model(), &NodeId::generate(), 10).await.unwrap();
+    assert_eq!(requests(&claims), [in_time.request]);
+    let expired = queue.expired(&model()).await.unwrap();
+    assert_eq!(requests(&expired), [late.request]);
+    assert_eq!((expired[0].attempt, expired[0].owner.as_str()), (0, ""));
+    assert_eq!(queue.expired(&model()).await.unwrap(), []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parallel_claimers_never_get_the_same_request() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 1024, LONG).await;
+    for index in 0..300 {
+        publish(&queue, &job(["a", "b", "c"][index % 3], 1 + index % 17)).await;
+    }
+    let taken = at_once(8, |_| {
+        let queue = queue.clone();
+        async move {
+            let (me, mut mine) = (NodeId::generate(), Vec::new());
+            loop {
+                let claims = queue.claim(&model(), &me, 7).await.unwrap();
+                if claims.is_empty() {
+                    return mine;
+                }
+                mine.extend(requests(&claims));
+            }
+        }
+    })
+    .await;
+    let all: Vec<RequestId> = taken.into_iter().flatten().collect();
+    assert_eq!((all.len(), all.iter().collect::<HashSet<_>>().len()), (300, 300));
+}
+
+#[tokio::test]
+async fn only_what_nobody_claimed_can_be_withdrawn_and_only_by_its_tenant() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 100, LONG).await;
+    let (first, second) = (publish(&queue, &job("a", 5)).await, publish(&queue, &job("a", 5)).await);
+    queue.claim(&model(), &NodeId::generate(), 1).await.unwrap();
+    assert!(!queue.withdraw(&model(), &"a".into(), &first).await.unwrap());
+    assert!(!queue.withdraw(&model(), &"b".into(), &second).await.unwrap());
+    assert!(queue.withdraw(&model(), &"a".into(), &second).await.unwrap());
+    assert!(!queue.withdraw(&model(), &"a".into(), &second).await.unwrap());
+    assert_eq!(queue.depth(&model()).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_claim_given_back_is_first_in_line_again_as_another_attempt() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 100, LONG).await;
+    let (first, second) = (publish(&queue, &job("a", 5)).await, publish(&queue, &job("a", 5)).await);
+    let (me, other) = (NodeId::generate(), NodeId::generate());
+    queue.claim(&model(), &me, 1).await.unwrap();
+    assert_eq!(queue.give_back(&model(), &me, &[(first.clone(), 1)]).await.unwrap(), []);
+    let claims = queue.claim(&model(), &other, 2).await.unwrap();
+    assert_eq!(requests(&claims), [first.clone(), second]);
+    assert_eq!(claims[0].attempt, 2);
+    assert!(!queue.acknowledge(&model(), &me, &first, 1, 1).await.unwrap());
+    assert!(queue.acknowledge(&model(), &other, &first, 2, 1).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_claimer_is_woken_by_a_publication_also_after_the_store_was_away() {
+    let mut valkey = Valkey::start();
+    let queue = queue_of(&valkey, 100, LONG).await;
+    let mut wakeups = queue.wakeups(&model());
+    let soon = Duration::from_secs(10);
+    // The first notice says that the subscription stands.
+    tokio::time::timeout(soon, wakeups.changed()).await.expect("subscribed");
+    publish(&queue, &job("a", 5)).await;
+    tokio::time::timeout(soon, wakeups.changed()).await.expect("woken");
+    valkey.restart();
+    tokio::time::timeout(soon, wakeups.changed()).await.expect("subscribed again");
+    let fresh = queue_of(&valkey, 100, LONG).await;
+    publish(&fresh, &job("a", 5)).await;
+    tokio::time::timeout(soon, wakeups.changed()).await.expect("woken again");
+}
+
+#[tokio::test]
+async fn nothing_is_left_in_the_store_when_everything_has_ended() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 512, Duration::from_millis(1)).await;
+    let me = NodeId::generate();
+    for index in 0..60 {
+        let tenant = format!("tenant-{}", index % 20);
+        let request = publish(&queue, &job(&tenant, 5)).await;
+        match index % 3 {
+            0 => assert!(queue.withdraw(&model(), &tenant.as_str().into(), &request).await.unwrap()),
+            1 => {
+                let claim = queue.claim(&model(), &me, 1).await.unwrap().remove(0);
+                assert!(queue.acknowledge(&model(), &me, &claim.job.request, claim.attempt, 9).await.unwrap());
+            }
+            _ => drop(queue.claim(&model(), &me, 1).await.unwrap()),
+        }
+    }
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    queue.expired(&model()).await.unwrap();
+    let mut raw = valkey.raw().await;
+    let mut left: Vec<String> = redis::cmd("KEYS").arg("lc:*").query_async(&mut raw).await.unwrap();
+    left.sort();
+    // Pace and floor of the queue, and a count for the few tenants that stand above the floor.
+    left.retain(|key| !key.ends_with(":meta") && !key.ends_with(":served"));
+    assert_eq!(left, Vec::<String>::new());
+}

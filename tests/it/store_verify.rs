@@ -1,0 +1,206 @@
+//! Verification finds what was tampered with.
+
+use lightcone::{
+    domain::NanoUsd,
+    ledger::{ReleaseReason, Report},
+    store::keys,
+};
+use redis::aio::MultiplexedConnection;
+
+use crate::support::house::{House, settlement};
+
+type Fields = Vec<(String, String)>;
+
+/// One grant, one posted, one released and one open request: entries 1 to 6.
+async fn furnished() -> House {
+    let house = House::with_balance(1_000_000).await;
+    let posted = house.admit(10, 10).await.unwrap();
+    house.ledger.settle(&settlement(&posted, 4)).await.unwrap();
+    let released = house.admit(20, 10).await.unwrap();
+    house.ledger.release(&house.tenant, released.request(), ReleaseReason::Draining).await.unwrap();
+    let _open = house.admit(30, 10).await.unwrap();
+    house.assert_balanced().await;
+    house
+}
+
+async fn report(house: &House) -> Report {
+    house.ledger.verify().await.unwrap()
+}
+
+async fn account_add(house: &House, field: &str, nano: i64) {
+    let mut raw = house.valkey.raw().await;
+    let key = keys::account(&house.tenant);
+    redis::cmd("HINCRBY").arg(key).arg(field).arg(nano).exec_async(&mut raw).await.unwrap();
+}
+
+/// Rewrites the ledger as somebody with full access to the store could.
+async fn rewrite(house: &House, change: impl FnOnce(&mut Vec<(String, Fields)>)) {
+    let mut raw = house.valkey.raw().await;
+    let key = keys::entries(&house.tenant);
+    let mut entries: Vec<(String, Fields)> =
+        redis::cmd("XRANGE").arg(&key).arg("-").arg("+").query_async(&mut raw).await.unwrap();
+    change(&mut entries);
+    redis::cmd("DEL").arg(&key).exec_async(&mut raw).await.unwrap();
+    for (id, fields) in entries {
+        append(&mut raw, &key, &id, &fields).await;
+    }
+}
+
+async fn append(raw: &mut MultiplexedConnection, key: &str, id: &str, fields: &Fields) {
+    let mut command = redis::cmd("XADD");
+    command.arg(key).arg(id);
+    for (name, value) in fields {
+        command.arg(name).arg(value);
+    }
+    command.exec_async(raw).await.unwrap();
+}
+
+fn set(fields: &mut Fields, name: &str, value: &str) {
+    fields.iter_mut().find(|(field, _)| field == name).expect("the field is there").1 = value.to_owned();
+}
+
+#[tokio::test]
+async fn verify_reports_zero_for_a_store_without_tenants() {
+    let valkey = crate::support::valkey::Valkey::start();
+    let ledger = lightcone::ledger::Ledger::new(valkey.store().await, crate::support::house::LEASE);
+    let report = ledger.verify().await.unwrap();
+    assert!(report.is_balanced());
+    assert_eq!((report.tenants, report.entries), (0, 0));
+    assert_eq!(serde_json::to_value(&report).unwrap()["imbalance_nano_usd"], 0);
+}
+
+#[tokio::test]
+async fn verify_detects_a_changed_account() {
+    for (field, imbalance) in [("balance", -5), ("held", 0), ("charged", 0), ("granted", 0), ("refunded", 5)] {
+        let house = furnished().await;
+        account_add(&house, field, 5).await;
+        let found = report(&house).await;
+        assert!(!found.is_balanced() && found.faults[0].contains(field), "{field}: {found:#?}");
+        assert_eq!(found.imbalance_nano_usd, imbalance, "{field}");
+    }
+}
+
+#[tokio::test]
+async fn verify_detects_money_moved_between_two_accounts() {
+    let house = furnished().await;
+    let other = house.another(50).await;
+    account_add(&house, "balance", -50).await;
+    let mut raw = house.valkey.raw().await;
+    let key = keys::account(&other.tenant);
+    redis::cmd("HINCRBY").arg(key).arg("balance").arg(50).exec_async(&mut raw).await.unwrap();
+    let found = report(&house).await;
+    assert_eq!((found.imbalance_nano_usd, found.faults_total), (0, 2), "{found:#?}");
+    assert!(!found.is_balanced());
+}
+
+#[tokio::test]
+async fn verify_detects_every_changed_field_of_every_entry() {
+    let house = furnished().await;
+    let mut originals = Vec::new();
+    rewrite(&house, |entries| originals = entries.clone()).await;
+    house.assert_balanced().await;
+    for (index, (id, fields)) in originals.iter().enumerate() {
+        for (name, value) in fields {
+            // Notes and times carry no money; tokens that were cached cost as much as others; a grant has no
+            // tokens, key, model or price that anything could contradict.
+            let kind = fields[0].1.as_str();
+            let weightless = matches!(name.as_str(), "note" | "at" | "cached");
+            let of_requests =
+                matches!(name.as_str(), "key" | "model" | "prompt" | "completion" | "input" | "output" | "version");
+            if weightless
+                || (of_requests && kind == "grant")
+                || (kind == "release" && matches!(name.as_str(), "prompt" | "completion"))
+            {
+                continue;
+            }
+            // An open hold's key, model and version meet their match only when it ends.
+            if index == 5 && matches!(name.as_str(), "key" | "model" | "version") {
+                continue;
+            }
+            let changed = match value.parse::<i64>() {
+                Ok(number) => (number + 1).to_string(),
+                Err(_) => format!("{value}x"),
+            };
+            rewrite(&house, |entries| set(&mut entries[index].1, name, &changed)).await;
+            let found = report(&house).await;
+            assert!(!found.is_balanced(), "{kind} {id}: {name} {value} -> {changed}");
+            rewrite(&house, |entries| entries.clone_from(&originals)).await;
+        }
+    }
+    house.assert_balanced().await;
+}
+
+#[tokio::test]
+async fn verify_detects_missing_added_and_reordered_entries() {
+    for index in 0..6 {
+        let house = furnished().await;
+        rewrite(&house, |entries| drop(entries.remove(index))).await;
+        assert!(!report(&house).await.is_balanced(), "without entry {}", index + 1);
+    }
+    let house = furnished().await;
+    rewrite(&house, |entries| {
+        let (first, second) = (entries[1].1.clone(), entries[3].1.clone());
+        entries[1].1 = second;
+        entries[3].1 = first;
+    })
+    .await;
+    assert!(!report(&house).await.is_balanced());
+    // A second settlement of the same request, with an account that agrees with it.
+    let house = furnished().await;
+    rewrite(&house, |entries| {
+        let mut again = entries[2].1.clone();
+        set(&mut again, "balance", "988700");
+        entries.push(("7-0".to_owned(), again));
+    })
+    .await;
+    account_add(&house, "seq", 1).await;
+    account_add(&house, "charged", 3_200).await;
+    account_add(&house, "balance", -3_200).await;
+    let found = report(&house).await;
+    assert!(found.faults.iter().any(|fault| fault.contains("a second time")), "{found:#?}");
+}
+
+#[tokio::test]
+async fn verify_detects_lost_and_invented_holds_and_leases() {
+    let house = furnished().await;
+    let mut raw = house.valkey.raw().await;
+    let key = keys::hold_leases(&house.tenant);
+    redis::cmd("DEL").arg(key).exec_async(&mut raw).await.unwrap();
+    let found = report(&house).await;
+    assert!(found.faults[0].contains("no lease"), "{found:#?}");
+
+    let house = furnished().await;
+    let mut raw = house.valkey.raw().await;
+    redis::cmd("DEL").arg(keys::holds(&house.tenant)).exec_async(&mut raw).await.unwrap();
+    let found = report(&house).await;
+    assert_eq!(found.imbalance_nano_usd, 30 * 200 + 10 * 300);
+
+    let house = furnished().await;
+    let mut raw = house.valkey.raw().await;
+    let invented = redis::cmd("HSET").arg(keys::holds(&house.tenant)).arg("chatcmpl-x").arg(9).to_owned();
+    invented.exec_async(&mut raw).await.unwrap();
+    let found = report(&house).await;
+    assert!(found.faults[0].contains("without an entry"), "{found:#?}");
+    assert_eq!(found.imbalance_nano_usd, -9);
+
+    // A forgotten settlement could be repeated.
+    let house = furnished().await;
+    let mut raw = house.valkey.raw().await;
+    redis::cmd("DEL").arg(keys::ended(&house.tenant)).exec_async(&mut raw).await.unwrap();
+    assert!(!report(&house).await.is_balanced());
+}
+
+#[tokio::test]
+async fn verify_reads_ledgers_longer_than_one_page() {
+    let house = House::with_balance(1_000_000_000).await;
+    for _ in 0..600 {
+        let admitted = house.admit(1, 1).await.unwrap();
+        house.ledger.settle(&settlement(&admitted, 1)).await.unwrap();
+    }
+    let found = report(&house).await;
+    assert!(found.is_balanced(), "{found:#?}");
+    assert_eq!(found.entries, 1201);
+    assert_eq!(house.balance().await.charged, NanoUsd::new(600 * 500));
+    let page = house.ledger.entries(&house.tenant, 1199, 10).await.unwrap();
+    assert_eq!(page.iter().map(|entry| entry.seq).collect::<Vec<_>>(), [1200, 1201]);
+}

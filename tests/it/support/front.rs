@@ -1,0 +1,279 @@
+//! A real edge on a real store, with a worker that does what the test says.
+
+use std::{collections::BTreeMap, net::TcpListener, sync::Arc, time::Duration};
+
+use futures::FutureExt;
+use lightcone::{
+    config,
+    domain::{
+        Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceBook, RequestId, TokenEvent, Usage,
+    },
+    edge::{self, EdgeHandle, EdgeSpec, ServedModel},
+    ledger::{Ledger, ReleaseReason, Settlement},
+    prompt::{Encoder, PromptError, PromptModel, Template},
+    queue::{Queue, QueueLimits, ReplyHub, WorkerLink, reply::Cancellations},
+    telemetry::Metrics,
+};
+use reqwest::{RequestBuilder, Response};
+use serde_json::{Value, json};
+
+use super::house::{House, LEASE, MODEL, PRICE_VERSION};
+
+pub const CONTEXT: u32 = 512;
+pub const OUTPUT_MAX: u32 = 64;
+/// As SmolLM2's file carries it.
+pub const TEMPLATE: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+
+/// One token a byte; control tokens lie above.
+struct Bytes;
+
+impl Encoder for Bytes {
+    fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, PromptError> {
+        assert!(!text.contains("<<panic in the tokeniser>>"), "asked to panic");
+        Ok(if specials { vec![1000] } else { text.bytes().map(u32::from).collect() })
+    }
+}
+
+pub struct Front {
+    pub house: House,
+    pub queue: Queue,
+    pub hub: ReplyHub,
+    pub metrics: Arc<Metrics>,
+    pub url: String,
+    pub http: reqwest::Client,
+    pub edge: Option<EdgeHandle>,
+    link: WorkerLink,
+    pub cancellations: Cancellations,
+    worker: NodeId,
+}
+
+pub fn settings() -> config::Edge {
+    config::Edge {
+        listen: ([127, 0, 0, 1], 0).into(),
+        http_threads: 1,
+        default_model: MODEL.into(),
+        body_bytes_max: 64 << 10,
+        body_ms_max: 5_000,
+        connections_max: 256,
+        prompt_threads: 1,
+        prompt_queue_max: 16,
+        messages_max: 8,
+        stream_buffer_events: 256,
+        keep_alive_ms: 10_000,
+        request_ms_max: 60_000,
+    }
+}
+
+impl Front {
+    pub async fn start() -> Self {
+        Self::with(settings(), 8, 1_000_000_000).await
+    }
+
+    pub async fn with(settings: config::Edge, depth_max: usize, balance: i64) -> Self {
+        Self::furnish(settings, depth_max, balance, LEASE).await
+    }
+
+    /// An edge that renews its holds every third of `lease`.
+    pub async fn with_renewal(lease: Duration) -> Self {
+        Self::furnish(settings(), 8, 1_000_000_000, lease).await
+    }
+
+    async fn furnish(settings: config::Edge, depth_max: usize, balance: i64, hold_lease: Duration) -> Self {
+        let house = House::with_balance(balance).await;
+        let queue = Queue::new(house.store.clone(), QueueLimits { depth_max, claim_lease: LEASE });
+        let metrics = Arc::new(Metrics::new());
+        let hub = ReplyHub::new(NodeId::generate(), settings.stream_buffer_events, None, metrics.clone());
+        let control = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"].map(str::to_owned).to_vec();
+        let template = Template::compile(TEMPLATE, "<|im_start|>", "<|im_end|>", control).expect("a template");
+        let prompt = PromptModel { template, encoder: Arc::new(Bytes), context_tokens_max: CONTEXT as usize };
+        let price = Price { input: NanoUsd::new(200), output: NanoUsd::new(300) };
+        let served = ServedModel {
+            description: "for tests".into(),
+            owned_by: "tzafon".into(),
+            created: 1_763_769_600,
+            context_tokens_max: CONTEXT,
+            output_tokens_max: OUTPUT_MAX,
+            price,
+        };
+        let book = PriceBook { version: PRICE_VERSION.into(), prices: BTreeMap::from([(MODEL.into(), price)]) };
+        let store = house.store.clone();
+        let spec = EdgeSpec {
+            settings,
+            models: BTreeMap::from([(MODEL.into(), served)]),
+            prompts: BTreeMap::from([(MODEL.into(), prompt)]),
+            price_version: book.version,
+            wait_max: Duration::from_secs(60),
+            admission: house.admission.clone(),
+            ledger: Ledger::new(house.store.clone(), hold_lease),
+            queue: queue.clone(),
+            hub: hub.clone(),
+            metrics: metrics.clone(),
+            readiness: Arc::new(move || {
+                let store = store.clone();
+                async move { store.ping().await.err().map(|_| "store away".to_owned()).into_iter().collect() }.boxed()
+            }),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let edge = edge::spawn(spec, listener).expect("an edge");
+        let url = format!("http://{}", edge.address);
+        let (link, cancellations) = WorkerLink::new();
+        let (http, worker) = (reqwest::Client::new(), NodeId::generate());
+        Self { house, queue, hub, metrics, url, http, edge: Some(edge), link, cancellations, worker }
+    }
+
+    // -- the client's side -----------------------------------------------------------------------------
+
+    pub fn post(&self, body: impl Into<reqwest::Body>) -> RequestBuilder {
+        let request = self.http.post(format!("{}/v1/chat/completions", self.url));
+        request.bearer_auth(&self.house.secret).header("content-type", "application/json").body(body)
+    }
+
+    pub fn ask(&self, body: &Value) -> RequestBuilder {
+        self.post(body.to_string())
+    }
+
+    pub fn get(&self, path: &str) -> RequestBuilder {
+        self.http.get(format!("{}{path}", self.url)).bearer_auth(&self.house.secret)
+    }
+
+    /// Sends in the background, so that the test can be the worker meanwhile.
+    pub fn asking(&self, body: &Value) -> tokio::task::JoinHandle<Response> {
+        let request = self.ask(body);
+        tokio::spawn(async move { request.send().await.expect("an answer") })
+    }
+
+    // -- the worker's side -----------------------------------------------------------------------------
+
+    /// The next request in the queue, waiting for it.
+    pub async fn claim(&self) -> Claim {
+        for _ in 0..2_000 {
+            if let Some(claim) = self.queue.claim(&MODEL.into(), &self.worker, 1).await.expect("a claim").pop() {
+                return claim;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("nothing was published");
+    }
+
+    /// Events with the sequence numbers from `seq` on. Answers the requests that the edge does not want.
+    pub fn deliver(&self, claim: &Claim, seq: u32, bodies: Vec<EventBody>) -> Vec<RequestId> {
+        let request = &claim.job.request;
+        let number = |(seq, body)| TokenEvent { request: request.clone(), seq, body };
+        self.hub.deliver((seq..).zip(bodies).map(number).collect(), &self.link)
+    }
+
+    /// Settles and acknowledges, as a worker does before its last event.
+    pub async fn settle(&self, claim: &Claim, completion_tokens: u32, reason: FinishReason) -> Usage {
+        let job = &claim.job;
+        let prompt_tokens = u32::try_from(job.prompt.len()).expect("a short prompt");
+        let usage = Usage { prompt_tokens, completion_tokens, cached_tokens: 0 };
+        let settlement = Settlement {
+            request: job.request.clone(),
+            tenant: job.tenant.clone(),
+            key: job.key.clone(),
+            model: job.model.clone(),
+            usage,
+            price: job.price,
+            price_version: job.price_version.clone(),
+            reason,
+        };
+        self.house.ledger.settle(&settlement).await.expect("a settlement");
+        self.acknowledge(claim, completion_tokens).await;
+        usage
+    }
+
+    async fn acknowledge(&self, claim: &Claim, tokens: u32) {
+        let job = &claim.job;
+        let done = self.queue.acknowledge(&job.model, &self.worker, &job.request, claim.attempt, tokens).await;
+        assert!(done.expect("an acknowledgement"));
+    }
+
+    /// Answers with one token for each of `texts`.
+    pub async fn answer(&self, claim: &Claim, texts: &[&str], reason: FinishReason) -> Usage {
+        let delta = |text: &&str| EventBody::Delta { text: (*text).to_owned(), tokens: 1 };
+        let bodies: Vec<_> = std::iter::once(EventBody::Accepted).chain(texts.iter().map(delta)).collect();
+        let tokens = u32::try_from(texts.len()).expect("few");
+        let _ = self.deliver(claim, 0, bodies);
+        let usage = self.settle(claim, tokens, reason).await;
+        let _ = self.deliver(claim, tokens + 1, vec![EventBody::Finished { reason, usage }]);
+        usage
+    }
+
+    /// Fails as a worker's supervisor does.
+    pub async fn fail(&self, claim: &Claim, seq: u32, code: FailureCode) {
+        let job = &claim.job;
+        let why = ReleaseReason::WorkerFailed;
+        assert!(self.house.ledger.release(&job.tenant, &job.request, why).await.expect("a release"));
+        self.acknowledge(claim, 0).await;
+        let _ = self.deliver(claim, seq, vec![EventBody::Failed { code, message: "inside story".into() }]);
+    }
+
+    pub async fn depth(&self) -> usize {
+        self.queue.depth(&MODEL.into()).await.expect("a depth")
+    }
+
+    /// Waits until a lease that had run out (it stood at 1) has been renewed.
+    pub async fn lease_is_renewed(&self, request: &RequestId) {
+        let key = lightcone::store::keys::hold_leases(&self.house.tenant);
+        let mut raw = self.house.valkey.raw().await;
+        for _ in 0..2_000 {
+            let mut score = redis::cmd("ZSCORE");
+            let until: Option<f64> = score.arg(&key).arg(request.as_str()).query_async(&mut raw).await.expect("ZSCORE");
+            if until.expect("the hold is there") > 1.0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("nobody renewed the hold");
+    }
+
+    /// Waits until nothing is on hold any more.
+    pub async fn nothing_held(&self) {
+        for _ in 0..2_000 {
+            if self.house.balance().await.held == NanoUsd::ZERO {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("a hold was left over");
+    }
+
+    /// The balance is whole, and the ledger knows of nothing but the grant.
+    pub async fn assert_nothing_happened(&self, context: &str) {
+        let money = self.house.balance().await;
+        assert_eq!((money.balance, money.held), (money.granted, NanoUsd::ZERO), "{context}");
+        let entries = self.house.ledger.entries(&self.house.tenant, 0, 10).await.expect("entries");
+        assert_eq!(entries.len(), 1, "{context}: {entries:?}");
+        assert_eq!(self.depth().await, 0, "{context}");
+    }
+}
+
+pub fn hello() -> Value {
+    json!({ "messages": [{ "role": "user", "content": "Hello" }] })
+}
+
+/// What every answer must carry.
+pub fn assert_named(answer: &Response, context: &str) {
+    let header = |name: &str| answer.headers().get(name).map(|value| value.to_str().expect("text").to_owned());
+    assert!(header("x-request-id").is_some_and(|id| id.starts_with("req_")), "{context}: x-request-id");
+    assert!(
+        header("openai-processing-ms").is_some_and(|ms| ms.parse::<u64>().is_ok()),
+        "{context}: openai-processing-ms"
+    );
+}
+
+/// Checks an answer against the status, code and param of an error, and gives its message.
+pub async fn assert_error(answer: Response, status: u16, code: &str, param: Option<&str>, context: &str) -> String {
+    assert_named(&answer, context);
+    let got = answer.status().as_u16();
+    let text = answer.text().await.expect("a body");
+    assert_eq!(got, status, "{context}: {text}");
+    let json: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{context}: {error}: {text}"));
+    let error = json["error"].as_object().unwrap_or_else(|| panic!("{context}: {text}"));
+    assert_eq!(error.keys().collect::<Vec<_>>(), ["message", "type", "param", "code"], "{context}");
+    assert_eq!(error["code"], code, "{context}: {text}");
+    assert_eq!(error["param"].as_str(), param, "{context}: {text}");
+    assert!(error["type"].is_string(), "{context}: {text}");
+    error["message"].as_str().expect("a message").to_owned()
+}
