@@ -1,13 +1,22 @@
 //! Configuration: `config/lightcone.toml` is defaults and manual in one.
 //!
-//! Promises that every fault of a user's file is reported at once, each with its line. Never reads the
-//! environment outside [`load`], and never opens what it names.
+//! Promises that every fault of a user's file, environment and flags is reported at once, each with the
+//! place it stands at, and that a [`Config`] that was loaded is sound: addresses parse, prices are exact.
+//! Never reads the environment by itself, and never opens what it names.
+
+mod check;
+mod load;
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use serde::Deserialize;
 
-use crate::domain::ModelId;
+use crate::domain::{ModelId, MoneyError, NanoUsd, Price, PriceBook};
+
+pub use load::{ConfigFault, ConfigFaults, Overrides};
+
+/// The defaults and the manual.
+pub const DEFAULTS: &str = include_str!("../config/lightcone.toml");
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -113,6 +122,7 @@ pub struct Engine {
     pub spinning: Spinning,
     pub providers: Vec<String>,
     pub kv_block_tokens: usize,
+    pub stall_ms_max: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -152,3 +162,46 @@ pub struct Model {
 pub struct Prices {
     pub version: String,
 }
+
+/// A price is quoted in dollars per million tokens and charged in whole nano-dollars per token.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PriceFault {
+    #[error(transparent)]
+    Money(#[from] MoneyError),
+    #[error("`{0}` dollars per million tokens is not a whole number of nano-dollars per token (use steps of 0.001)")]
+    Inexact(String),
+    #[error("a price cannot be negative")]
+    Negative,
+}
+
+impl Model {
+    pub fn price(&self) -> Result<Price, PriceFault> {
+        Ok(Price {
+            input: nano_per_token(&self.input_usd_per_million)?,
+            output: nano_per_token(&self.output_usd_per_million)?,
+        })
+    }
+}
+
+impl Config {
+    /// The prices in force.
+    pub fn price_book(&self) -> Result<PriceBook, PriceFault> {
+        let price = |(id, model): (&ModelId, &Model)| Ok((id.clone(), model.price()?));
+        let prices = self.models.iter().map(price).collect::<Result<_, PriceFault>>()?;
+        Ok(PriceBook { version: self.prices.version.clone(), prices })
+    }
+}
+
+fn nano_per_token(usd_per_million: &str) -> Result<NanoUsd, PriceFault> {
+    let nano = usd_per_million.parse::<NanoUsd>()?.nano();
+    if nano < 0 {
+        return Err(PriceFault::Negative);
+    }
+    if nano % 1_000_000 != 0 {
+        return Err(PriceFault::Inexact(usd_per_million.to_owned()));
+    }
+    Ok(NanoUsd::new(nano / 1_000_000))
+}
+
+#[cfg(test)]
+mod tests;

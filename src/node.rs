@@ -1,1 +1,349 @@
+//! The composition root: builds the rooms that a role needs, in order, and takes them down in order.
+//!
+//! Promises that a fault at start is one clear line and leaves nothing running, that a node says it is ready
+//! only when it is, and that a drain ends within its time: admission stops, what runs ends or is failed free
+//! of charge, money is settled, then everything stops. Never computes and never decides about a request.
 
+mod data_dir;
+mod models;
+mod wait;
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures::FutureExt;
+use tokio::time::Instant;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use data_dir::{DataDir, DataDirError};
+pub use wait::shutdown_signal;
+
+use crate::{
+    admission::Admission,
+    cluster::{Cluster, ClusterContext, ClusterError, PoolStatus},
+    config::{AppendFsync, Config, PriceFault, Role},
+    domain::{ModelId, NanoUsd, NodeId},
+    edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
+    engine::EngineError,
+    ledger::Ledger,
+    operator::{Accounts, Bootstrap, OperatorError},
+    queue::{
+        Outlet, Queue, QueueLimits, ReplyHub,
+        relay::{Pace, RelayError, RelayListener, Secret},
+    },
+    store::{
+        Store, StoreError,
+        embedded::{EmbeddedError, EmbeddedServer, Fsync},
+    },
+    telemetry::Metrics,
+};
+
+/// Why a node did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    #[error(transparent)]
+    Embedded(#[from] EmbeddedError),
+    #[error("store: {0}")]
+    Store(#[from] StoreError),
+    #[error("model {model} ({}): {why}", path.display())]
+    Model { model: ModelId, path: PathBuf, why: String },
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error("cannot listen on {address}: {source}")]
+    Listen { address: SocketAddr, source: std::io::Error },
+    #[error(transparent)]
+    Relay(#[from] RelayError),
+    #[error(transparent)]
+    Edge(#[from] EdgeError),
+    #[error(transparent)]
+    Operator(#[from] OperatorError),
+    #[error("prices: {0}")]
+    Price(#[from] PriceFault),
+    #[error("money: {0}")]
+    Money(#[from] crate::domain::MoneyError),
+    #[error("cannot listen for signals: {0}")]
+    Signals(std::io::Error),
+    #[error("a task of the start was lost: {0}")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl NodeError {
+    /// Told apart by scripts: 3 the data folder, 4 the store, 5 a model or its library, 6 an address in use.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::DataDir(_) => 3,
+            Self::Embedded(_) | Self::Store(_) | Self::Operator(_) => 4,
+            Self::Model { .. } | Self::Engine(_) | Self::Cluster(_) => 5,
+            Self::Listen { .. } | Self::Relay(_) => 6,
+            _ => 1,
+        }
+    }
+}
+
+/// A node that serves.
+pub struct Node {
+    config: Config,
+    /// Where the edge listens, if there is one.
+    address: Option<SocketAddr>,
+    bootstrap: Option<Bootstrap>,
+    edge: Option<EdgeHandle>,
+    cluster: Cluster,
+    relay: Option<Relay>,
+    embedded: Option<EmbeddedServer>,
+    metrics: Arc<Metrics>,
+    /// Released last.
+    _lock: Option<DataDir>,
+}
+
+struct Relay {
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Node {
+    /// Starts what the role needs and waits until it is ready. Logging must have been set up.
+    pub async fn start(config: Config) -> Result<Self, NodeError> {
+        let role = config.node.role;
+        let lock = match role {
+            Role::All => Some(DataDir::lock(&config.node.data_dir)?),
+            Role::Edge | Role::Worker => None,
+        };
+        // Taken before anything slow, so that a busy port is known at once.
+        let http = (role != Role::Worker).then(|| listen(config.edge.listen)).transpose()?;
+        let models = {
+            let config = config.clone();
+            tokio::task::spawn_blocking(move || models::open(&config)).await??
+        };
+        let (embedded, url) = start_store(&config).await?;
+        let store = Store::connect(&url, Duration::from_millis(config.store.command_ms_max)).await?;
+        let ledger = Ledger::new(store.clone(), Duration::from_millis(config.ledger.hold_lease_ms));
+        let bootstrap = match role {
+            Role::All => Some(bootstrap(&config, &store, &ledger).await?),
+            Role::Edge | Role::Worker => None,
+        };
+
+        let node = NodeId::generate();
+        let metrics = Arc::new(Metrics::new());
+        let claim_lease = Duration::from_millis(config.queue.claim_lease_ms);
+        let queue = Queue::new(store.clone(), QueueLimits { depth_max: config.queue.depth_max, claim_lease });
+        let secret = (!config.relay.secret.is_empty()).then(|| Secret::new(&config.relay.secret));
+        let (hub, relay) = match role {
+            Role::Worker => (None, None),
+            Role::All | Role::Edge => open_hub(&config, node.clone(), secret.clone(), &metrics).await?,
+        };
+        let (outlet, orders) = Outlet::new(node.clone(), hub.clone(), secret.map(|secret| (secret, Pace::default())));
+        let context = ClusterContext {
+            node,
+            queue: queue.clone(),
+            ledger: ledger.clone(),
+            outlet,
+            orders,
+            metrics: Arc::clone(&metrics),
+            claim_lease,
+            sweep: Duration::from_millis(config.ledger.sweep_ms),
+            models: config.models.keys().cloned().collect(),
+        };
+        let pools = match role {
+            Role::All | Role::Worker => models.pools(&config, &metrics),
+            Role::Edge => Vec::new(),
+        };
+        let cluster = Cluster::start(context, pools).await?;
+        let mut started = Self {
+            config,
+            address: None,
+            bootstrap,
+            edge: None,
+            cluster,
+            relay,
+            embedded,
+            metrics: Arc::clone(&metrics),
+            _lock: lock,
+        };
+        if let Err(error) = started.cluster.ready().await {
+            started.stop(Duration::ZERO).await;
+            return Err(error.into());
+        }
+        if let (Some(listener), Some(hub)) = (http, hub) {
+            match started.open_edge(listener, hub, &models, store, ledger, queue).await {
+                Ok(edge) => {
+                    started.address = Some(edge.address);
+                    started.edge = Some(edge);
+                }
+                Err(error) => {
+                    started.stop(Duration::ZERO).await;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(started)
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    pub fn bootstrap(&self) -> Option<&Bootstrap> {
+        self.bootstrap.as_ref()
+    }
+
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    /// Drains within `node.drain_ms_max` and stops.
+    pub async fn drain(self) {
+        let grace = Duration::from_millis(self.config.node.drain_ms_max);
+        self.stop(grace).await;
+    }
+
+    async fn stop(self, grace: Duration) {
+        // The last part belongs to settling and to stopping.
+        let deadline = Instant::now() + grace - (grace / 4).min(Duration::from_secs(3));
+        if let Some(edge) = &self.edge {
+            edge.drain();
+            while edge.open_requests() > 0 && Instant::now() < deadline {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+        // Before the edge, so that what is failed here is free and its clients hear of it.
+        self.cluster.drain(deadline).await;
+        if let Some(edge) = self.edge {
+            edge.stop(STREAMS_CLOSE_MAX.min(grace)).await;
+        }
+        if let Some(relay) = self.relay {
+            relay.stop.cancel();
+            relay.tasks.close();
+            relay.tasks.wait().await;
+        }
+        if let Some(embedded) = self.embedded {
+            let _ = tokio::task::spawn_blocking(move || embedded.stop()).await;
+        }
+    }
+
+    async fn open_edge(
+        &self,
+        listener: TcpListener,
+        hub: ReplyHub,
+        models: &models::Models,
+        store: Store,
+        ledger: Ledger,
+        queue: Queue,
+    ) -> Result<EdgeHandle, NodeError> {
+        let config = &self.config;
+        let book = config.price_book()?;
+        let served =
+            |(id, model): (&ModelId, &crate::config::Model)| Ok((id.clone(), ServedModel::new(model, model.price()?)));
+        let spec = EdgeSpec {
+            settings: config.edge.clone(),
+            models: config.models.iter().map(served).collect::<Result<_, PriceFault>>()?,
+            prompts: models.prompts(config)?,
+            price_version: book.version,
+            wait_max: Duration::from_millis(config.queue.wait_ms_max),
+            admission: Admission::new(store.clone(), ledger.hold_lease()),
+            ledger,
+            queue,
+            hub,
+            metrics: Arc::clone(&self.metrics),
+            readiness: readiness(store, &self.cluster),
+            runtime: tokio::runtime::Handle::current(),
+        };
+        Ok(tokio::task::spawn_blocking(move || edge::spawn(spec, listener)).await??)
+    }
+}
+
+/// Streams that were told of their end get this long to say so to their clients.
+const STREAMS_CLOSE_MAX: Duration = Duration::from_secs(1);
+
+fn listen(address: SocketAddr) -> Result<TcpListener, NodeError> {
+    let bind = || {
+        let listener = TcpListener::bind(address)?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    bind().map_err(|source| NodeError::Listen { address, source })
+}
+
+/// The address of the store, and the server if it is ours.
+async fn start_store(config: &Config) -> Result<(Option<EmbeddedServer>, String), NodeError> {
+    if !config.store.redis_url.is_empty() {
+        return Ok((None, config.store.redis_url.clone()));
+    }
+    let embedded = embedded(config).await?;
+    let url = embedded.url().to_owned();
+    Ok((Some(embedded), url))
+}
+
+/// Starts the embedded server. The caller holds the data folder's lock.
+pub async fn embedded(config: &Config) -> Result<EmbeddedServer, NodeError> {
+    let (data_dir, program) = (config.node.data_dir.clone(), config.store.server_program.clone());
+    let fsync = match config.store.append_fsync {
+        AppendFsync::Always => Fsync::Always,
+        AppendFsync::Everysec => Fsync::Everysec,
+    };
+    Ok(tokio::task::spawn_blocking(move || EmbeddedServer::start(&data_dir, &program, fsync)).await??)
+}
+
+/// The development tenant and the key files, where the store has no tenant yet.
+pub async fn bootstrap(config: &Config, store: &Store, ledger: &Ledger) -> Result<Bootstrap, NodeError> {
+    let balance: NanoUsd = config.ledger.bootstrap_balance_usd.parse()?;
+    let accounts = Accounts::new(store.clone(), ledger.clone());
+    Ok(accounts.bootstrap(&config.node.data_dir, balance).await?)
+}
+
+/// The edge's hub, and its relay where there is a secret for it.
+async fn open_hub(
+    config: &Config,
+    node: NodeId,
+    secret: Option<Secret>,
+    metrics: &Arc<Metrics>,
+) -> Result<(Option<ReplyHub>, Option<Relay>), NodeError> {
+    let buffer_events = config.edge.stream_buffer_events;
+    let Some(secret) = secret else {
+        return Ok((Some(ReplyHub::new(node, buffer_events, None, Arc::clone(metrics))), None));
+    };
+    let listener = RelayListener::bind(config.relay.listen).await?;
+    let address = match config.relay.advertise.as_str() {
+        "" => listener.address().to_string(),
+        advertised => advertised.to_owned(),
+    };
+    tracing::info!(address, "taking tokens from workers");
+    let hub = ReplyHub::new(node, buffer_events, Some(address), Arc::clone(metrics));
+    let relay = Relay { stop: CancellationToken::new(), tasks: TaskTracker::new() };
+    let serving = listener.serve(hub.clone(), secret, Pace::default(), relay.stop.clone(), relay.tasks.clone());
+    relay.tasks.spawn(serving);
+    Ok((Some(hub), Some(relay)))
+}
+
+fn readiness(store: Store, cluster: &Cluster) -> Readiness {
+    let statuses = Arc::new(cluster.statuses());
+    Arc::new(move || {
+        let (store, statuses) = (store.clone(), Arc::clone(&statuses));
+        async move {
+            let mut reasons = Vec::new();
+            if let Err(error) = store.ping().await {
+                tracing::debug!(%error, "not ready");
+                reasons.push("the store is not reachable".to_owned());
+            }
+            for (model, status) in statuses.iter() {
+                let status: &PoolStatus = &status.borrow();
+                if !status.is_available() {
+                    reasons.push(format!("model {model} is not available"));
+                }
+            }
+            reasons
+        }
+        .boxed()
+    })
+}

@@ -1,1 +1,177 @@
+//! The worker's side of a node: a supervision tree that claims requests and runs them.
+//!
+//! `root → pool (one a model) → worker (one engine)`. Promises that every claimed request ends, that a
+//! worker's panic, freeze or failure fails its requests free of charge and replaces it with backoff, and
+//! that claims are made only for what there is room for. Tokens never pass through a mailbox: the engine's
+//! steps are pumped straight to the [`Outlet`]. Never speaks HTTP and never prices anything.
 
+mod cashier;
+mod duties;
+mod flights;
+mod pool;
+mod restart;
+mod root;
+mod station;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod worker;
+
+use std::{sync::Arc, time::Duration};
+
+use ractor::{Actor, ActorRef};
+use tokio::{sync::watch, time::Instant};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+pub use restart::RestartPolicy;
+pub use station::PoolStatus;
+pub use worker::Loader;
+
+use crate::{
+    domain::{FailureCode, ModelId, NodeId},
+    ledger::Ledger,
+    queue::{Orders, Outlet, Queue},
+    telemetry::Metrics,
+};
+use cashier::Cashier;
+use pool::PoolArguments;
+use root::{Root, RootMessage};
+use station::Station;
+
+/// What every part of the tree works with.
+pub struct ClusterContext {
+    pub node: NodeId,
+    pub queue: Queue,
+    pub ledger: Ledger,
+    pub outlet: Outlet,
+    pub orders: Orders,
+    pub metrics: Arc<Metrics>,
+    pub claim_lease: Duration,
+    /// How often expired claims and holds of all `models` are looked for.
+    pub sweep: Duration,
+    /// Every model of the cluster, also those that this node does not run.
+    pub models: Vec<ModelId>,
+}
+
+/// One model that this node runs.
+pub struct PoolSpec {
+    pub model: ModelId,
+    pub sequences_max: usize,
+    pub stall_max: Duration,
+    pub policy: RestartPolicy,
+    pub loader: Loader,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    #[error("cannot start the supervision tree: {0}")]
+    Spawn(#[from] ractor::SpawnErr),
+    #[error("model {model}: {why}")]
+    Model { model: ModelId, why: String },
+}
+
+/// A running tree. An edge has one without pools, for the sweeping.
+pub struct Cluster {
+    stations: Arc<[Arc<Station>]>,
+    root: ActorRef<RootMessage>,
+    cashier: Cashier,
+    outlet: Outlet,
+    claimers: TaskTracker,
+    tasks: TaskTracker,
+    claiming: CancellationToken,
+    working: CancellationToken,
+}
+
+impl Cluster {
+    /// Starts the tree and its duties; models load in the background.
+    pub async fn start(context: ClusterContext, pools: Vec<PoolSpec>) -> Result<Self, ClusterError> {
+        let ClusterContext { node, queue, ledger, outlet, orders, metrics, claim_lease, sweep, models } = context;
+        let cashier = Cashier::new(queue.clone(), ledger.clone(), outlet.clone(), Arc::clone(&metrics), claim_lease);
+        let mut stations = Vec::new();
+        let mut arguments = Vec::new();
+        for spec in pools {
+            let PoolSpec { model, sequences_max, stall_max, policy, loader } = spec;
+            let station = Station::new(node.clone(), model, sequences_max, cashier.clone(), outlet.clone());
+            let station = Arc::new(station);
+            stations.push(Arc::clone(&station));
+            let metrics = Arc::clone(&metrics);
+            arguments.push(PoolArguments { station, loader, policy, stall_max, metrics, generation: 0 });
+        }
+        let (root, _) = Actor::spawn(None, Root, arguments).await?;
+        let (claimers, tasks) = (TaskTracker::new(), TaskTracker::new());
+        let (claiming, working) = (CancellationToken::new(), CancellationToken::new());
+        let stations: Arc<[_]> = stations.into();
+        for station in stations.iter() {
+            let (of, by, with) = (Arc::clone(station), queue.clone(), Arc::clone(&metrics));
+            let stop = claiming.clone();
+            let claim = move || duties::claim(Arc::clone(&of), by.clone(), Arc::clone(&with), stop.clone());
+            claimers.spawn(duties::forever("claim", working.clone(), claim));
+            let (of, by, with) = (Arc::clone(station), queue.clone(), ledger.clone());
+            let renew = move || duties::renew(Arc::clone(&of), by.clone(), with.clone(), claim_lease);
+            tasks.spawn(duties::forever("renew", working.clone(), renew));
+        }
+        let (of, orders) = (Arc::clone(&stations), Arc::new(tokio::sync::Mutex::new(orders)));
+        let obey = move || duties::obey(Arc::clone(&of), Arc::clone(&orders));
+        tasks.spawn(duties::forever("obey", working.clone(), obey));
+        let (models, by): (Arc<[_]>, _) = (models.into(), cashier.clone());
+        let sweep = move || {
+            let (models, metrics) = (Arc::clone(&models), Arc::clone(&metrics));
+            duties::sweep(models, queue.clone(), ledger.clone(), by.clone(), metrics, sweep)
+        };
+        tasks.spawn(duties::forever("sweep", working.clone(), sweep));
+        Ok(Self { stations, root, cashier, outlet, claimers, tasks, claiming, working })
+    }
+
+    /// Waits until every model has been loaded, or the first one has failed to.
+    pub async fn ready(&self) -> Result<(), ClusterError> {
+        for station in self.stations.iter() {
+            let mut status = station.status.subscribe();
+            let first = status.wait_for(|status| *status != PoolStatus::Loading).await;
+            let first = first.map_or(PoolStatus::Loading, |status| status.clone());
+            if let PoolStatus::Restarting(why) | PoolStatus::Unavailable(why) = first {
+                return Err(ClusterError::Model { model: station.model.clone(), why });
+            }
+        }
+        Ok(())
+    }
+
+    /// The state of each model's pool, now and later.
+    pub fn statuses(&self) -> Vec<(ModelId, watch::Receiver<PoolStatus>)> {
+        self.stations.iter().map(|station| (station.model.clone(), station.status.subscribe())).collect()
+    }
+
+    /// Claims nothing more, lets what runs end until `deadline`, fails the rest free of charge, settles, and
+    /// stops the engines.
+    pub async fn drain(self, deadline: Instant) {
+        self.claiming.cancel();
+        self.claimers.close();
+        self.claimers.wait().await;
+        for station in self.stations.iter() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !duties::landed(station, left).await {
+                let (flying, _) = station.flights.count();
+                tracing::warn!(model = %station.model, flying, "requests did not end in time; failing them");
+                station.fail(
+                    |_, _| true,
+                    FailureCode::Draining,
+                    "the server is going away; the request was not charged",
+                );
+            }
+        }
+        self.cashier.close(SETTLE_MAX).await;
+        self.working.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        let _ = self.root.stop_and_wait(None, Some(STOP_MAX)).await;
+        for station in self.stations.iter() {
+            station.retire(u64::MAX, station::WORKER_LOST);
+        }
+        self.outlet.close(CLOSE_MAX).await;
+    }
+}
+
+/// Settlements of requests that ended just before the drain's end.
+const SETTLE_MAX: Duration = Duration::from_secs(5);
+const STOP_MAX: Duration = Duration::from_secs(2);
+const CLOSE_MAX: Duration = Duration::from_secs(2);

@@ -21,7 +21,7 @@ pub enum EventBody {
     Delta { text: String, tokens: u32 },
     /// The last event of a request that ended well. It has been settled.
     Finished { reason: FinishReason, usage: Usage },
-    /// The last event of a request that we failed. Nothing was charged.
+    /// The last event of a request that failed. Nothing was charged, but for [`FailureCode::SlowConsumer`].
     Failed { code: FailureCode, message: String },
 }
 
@@ -53,6 +53,7 @@ pub enum FailureCode {
     DeadlineExceeded,
     /// The node is going away and could not finish in its grace period.
     Draining,
-    /// The client read too slowly and its bounded buffer overflowed.
+    /// The client read too slowly and its bounded buffer overflowed. What was decoded is charged, as for a
+    /// client that goes away.
     SlowConsumer,
 }

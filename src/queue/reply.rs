@@ -9,7 +9,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -32,6 +32,8 @@ struct Hub {
     relay_address: Option<String>,
     buffer_events: usize,
     streams: Mutex<HashMap<RequestId, Entry>>,
+    /// Set when all streams were failed: from then on nobody is told to cancel and to bill.
+    closed: AtomicBool,
     metrics: Arc<Metrics>,
 }
 
@@ -49,8 +51,8 @@ impl ReplyHub {
     /// `relay_address` is where workers of other processes dial; `None` where there are none.
     /// `buffer_events` is how far one stream's reader may lag behind.
     pub fn new(node: NodeId, buffer_events: usize, relay_address: Option<String>, metrics: Arc<Metrics>) -> Self {
-        let streams = Mutex::default();
-        Self { inner: Arc::new(Hub { node, relay_address, buffer_events: buffer_events.max(1), streams, metrics }) }
+        let (streams, closed, buffer_events) = (Mutex::default(), AtomicBool::new(false), buffer_events.max(1));
+        Self { inner: Arc::new(Hub { node, relay_address, buffer_events, streams, closed, metrics }) }
     }
 
     /// What a job must carry so that its tokens find their way here.
@@ -80,7 +82,8 @@ impl ReplyHub {
         for event in events {
             let Some(entry) = streams.get_mut(&event.request) else {
                 // Its stream was dropped, was cut or never was here. Last events need no answer.
-                if !is_last(&event.body) && unwanted.last() != Some(&event.request) {
+                let open = !self.inner.closed.load(Ordering::Relaxed);
+                if open && !is_last(&event.body) && unwanted.last() != Some(&event.request) {
                     unwanted.push(event.request);
                 }
                 continue;
@@ -115,13 +118,14 @@ impl ReplyHub {
         }
     }
 
-    /// Fails every open stream and cancels it at its worker: the last resort of a drain.
+    /// Fails every open stream: the last resort of a drain. Workers are not told to cancel, for what they
+    /// cancel they bill; they end these requests free of charge when the connection closes.
     pub fn fail_all(&self, code: FailureCode, message: &str) {
-        let streams = std::mem::take(&mut *self.inner.streams.lock());
+        let mut open = self.inner.streams.lock();
+        self.inner.closed.store(true, Ordering::Relaxed);
+        let streams = std::mem::take(&mut *open);
+        drop(open);
         for (request, entry) in streams {
-            if let Some(worker) = &entry.worker {
-                worker.cancel(&request);
-            }
             *entry.ending.lock() = Some(failed(request, entry.seq_next, code, message));
         }
     }

@@ -6,6 +6,7 @@
 //! unknown, never answers from memory, and never turns an unreadable value into a default.
 
 mod connection;
+pub mod embedded;
 mod functions;
 pub mod keys;
 mod reply;

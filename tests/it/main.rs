@@ -1,4 +1,4 @@
-//! Everything tested together: real ONNX Runtime, real model, real store, one binary.
+//! Everything tested together: a real store, a real model, real ONNX Runtime; one binary.
 
 mod support;
 
@@ -6,6 +6,7 @@ mod edge_chat;
 mod edge_prompt;
 mod edge_refusals;
 mod engine;
+
 mod store_accounts;
 mod store_money;
 mod store_outage;

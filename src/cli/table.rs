@@ -1,0 +1,83 @@
+//! JSON for people: objects as lines of name and value, lists of objects as tables.
+
+use serde_json::{Map, Value};
+
+use crate::domain::NanoUsd;
+
+pub fn render(value: &Value) -> String {
+    match value {
+        Value::Object(object) => lines(object),
+        Value::Array(rows) => rows_of(rows),
+        other => format!("{}\n", cell("", other)),
+    }
+}
+
+fn lines(object: &Map<String, Value>) -> String {
+    let cells: Vec<_> = object.iter().map(|(name, value)| (heading(name), cell(name, value))).collect();
+    let width = cells.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+    cells.into_iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
+}
+
+fn rows_of(rows: &[Value]) -> String {
+    let Some(Value::Object(first)) = rows.first() else {
+        return if rows.is_empty() {
+            "none\n".to_owned()
+        } else {
+            rows.iter().map(|row| cell("", row) + "\n").collect()
+        };
+    };
+    let names: Vec<&String> = first.keys().collect();
+    let mut grid = vec![names.iter().map(|name| heading(name)).collect::<Vec<_>>()];
+    grid.extend(rows.iter().map(|row| names.iter().map(|name| cell(name, &row[name.as_str()])).collect()));
+    let width = |column: usize| grid.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<_> = (0..names.len()).map(width).collect();
+    let line = |row: &Vec<String>| {
+        let cells: Vec<_> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        format!("{}\n", cells.join("  ").trim_end())
+    };
+    grid.iter().map(line).collect()
+}
+
+/// Money is shown in dollars, exactly.
+fn heading(name: &str) -> String {
+    match name.strip_suffix("_nano_usd") {
+        Some(what) => format!("{what} ($)"),
+        None => name.replace('_', " "),
+    }
+}
+
+fn cell(name: &str, value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) if text.is_empty() => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Number(number) if name.ends_with("_nano_usd") => {
+            number.as_i64().map_or_else(|| number.to_string(), |nano| NanoUsd::new(nano).to_string())
+        }
+        Value::Array(items) => {
+            let items: Vec<_> = items.iter().map(|item| cell("", item)).collect();
+            if items.is_empty() { "none".to_owned() } else { items.join(", ") }
+        }
+        Value::Object(object) => {
+            let parts: Vec<_> = object.iter().map(|(name, value)| format!("{name}={}", cell(name, value))).collect();
+            parts.join(" ")
+        }
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::render;
+
+    #[test]
+    fn money_is_shown_in_dollars_and_lists_are_aligned() {
+        let one = render(&json!({ "balance_nano_usd": 1_500_000_000, "note": "", "faults": [] }));
+        assert_eq!(one, "balance ($)  1.500000000\nnote         -\nfaults       none\n");
+        let many = render(&json!([{ "id": "a", "held_nano_usd": -1 }, { "id": "long", "held_nano_usd": 0 }]));
+        assert_eq!(many, "id    held ($)\na     -0.000000001\nlong  0.000000000\n");
+        assert_eq!(render(&json!([])), "none\n");
+    }
+}

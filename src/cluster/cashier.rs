@@ -1,0 +1,272 @@
+//! Ends requests: money first, then the claim, then the last event.
+//!
+//! Promises that a finished request is settled before its client hears of the end, that a failed one is
+//! free, and that both are tried again while the store is away, in tasks that a drain waits for. What waits
+//! is bounded: a landing keeps its place in the table, and a full table claims nothing. Never settles a
+//! request whose claim was lost.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::flights::{Flights, Landing, Outcome};
+use crate::{
+    domain::{Claim, EventBody, FailureCode, FinishReason, RequestId, TokenEvent, Usage},
+    ledger::{Ledger, LedgerError, ReleaseReason, Settlement},
+    queue::{Outgoing, Outlet, Queue},
+    telemetry::Metrics,
+};
+
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// A store that is away for longer has let every hold expire.
+const TRY_MAX: Duration = Duration::from_secs(600);
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Cashier {
+    queue: Queue,
+    ledger: Ledger,
+    outlet: Outlet,
+    metrics: Arc<Metrics>,
+    /// Older than this, a lease is confirmed before money moves.
+    lease_fresh: Duration,
+    tasks: TaskTracker,
+    give_up: CancellationToken,
+}
+
+impl Cashier {
+    pub fn new(queue: Queue, ledger: Ledger, outlet: Outlet, metrics: Arc<Metrics>, claim_lease: Duration) -> Self {
+        let (tasks, give_up) = (TaskTracker::new(), CancellationToken::new());
+        Self { queue, ledger, outlet, metrics, lease_fresh: claim_lease * 2 / 3, tasks, give_up }
+    }
+
+    /// Ends requests in the background.
+    pub fn land(&self, landings: Vec<Landing>, flights: &Arc<Flights>) {
+        for landing in landings {
+            let (this, flights) = (self.clone(), Arc::clone(flights));
+            self.tasks.spawn(async move {
+                let place = Place { request: landing.claim.job.request.clone(), flights };
+                let done = this.end(landing, &place.flights);
+                if this.give_up.run_until_cancelled(done).await.is_none() {
+                    let request = &place.request;
+                    tracing::error!(%request, "gave up ending a request; its hold will expire by itself");
+                }
+            });
+        }
+    }
+
+    /// Ends a request whose worker or deadline is gone, found by the sweeper.
+    pub fn bury(&self, claim: Claim) {
+        let this = self.clone();
+        self.tasks.spawn(async move {
+            let claim = Arc::new(claim);
+            let (code, message, why) = match claim.attempt {
+                0 => (
+                    FailureCode::DeadlineExceeded,
+                    "no worker could take the request in time",
+                    ReleaseReason::DeadlineExceeded,
+                ),
+                _ => {
+                    (FailureCode::WorkerFailed, "the worker that had the request is gone", ReleaseReason::WorkerFailed)
+                }
+            };
+            tracing::warn!(request = %claim.job.request, model = %claim.job.model, attempt = claim.attempt, message);
+            // Whatever its stream has seen so far, a failure ends it.
+            this.send(&claim, u32::MAX, EventBody::Failed { code, message: message.to_owned() });
+            let _ = this.give_up.run_until_cancelled(this.release(&claim, why)).await;
+        });
+    }
+
+    /// Waits for everything that is being ended; gives up on what is not done by then.
+    pub async fn close(&self, limit: Duration) {
+        self.tasks.close();
+        if timeout(limit, self.tasks.wait()).await.is_err() {
+            self.give_up.cancel();
+            self.tasks.wait().await;
+        }
+    }
+
+    async fn end(&self, landing: Landing, flights: &Flights) {
+        let Landing { claim, seq, outcome } = landing;
+        match outcome {
+            Outcome::Finished { reason, usage } => {
+                if let Some(last) = self.settle(&claim, reason, usage, flights).await {
+                    self.send(&claim, seq, last);
+                }
+            }
+            Outcome::Withdrawn => {
+                self.release(&claim, ReleaseReason::Withdrawn).await;
+                self.acknowledge(&claim, 0).await;
+            }
+            Outcome::Failed { code, message } => {
+                // Nobody has to wait for a release to hear of a failure.
+                self.send(&claim, seq, EventBody::Failed { code, message });
+                let why = match code {
+                    FailureCode::Draining => ReleaseReason::Draining,
+                    FailureCode::DeadlineExceeded => ReleaseReason::DeadlineExceeded,
+                    FailureCode::WorkerFailed | FailureCode::SlowConsumer => ReleaseReason::WorkerFailed,
+                };
+                self.release(&claim, why).await;
+                self.acknowledge(&claim, 0).await;
+            }
+        }
+    }
+
+    /// The last event to send; `None` when the request is no longer ours.
+    async fn settle(&self, claim: &Claim, reason: FinishReason, usage: Usage, flights: &Flights) -> Option<EventBody> {
+        let job = &claim.job;
+        let settlement = Settlement {
+            request: job.request.clone(),
+            tenant: job.tenant.clone(),
+            key: job.key.clone(),
+            model: job.model.clone(),
+            usage,
+            price: job.price,
+            price_version: job.price_version.clone(),
+            reason,
+        };
+        let free =
+            |message: &str| Some(EventBody::Failed { code: FailureCode::WorkerFailed, message: message.to_owned() });
+        let mut tries = Tries::new();
+        loop {
+            if !self.still_ours(claim, flights).await {
+                tracing::warn!(request = %job.request, "lost the claim before it was settled");
+                return None;
+            }
+            match self.ledger.settle(&settlement).await {
+                Ok(settled) => {
+                    if !settled.repeated {
+                        let model = [job.model.as_str()];
+                        self.metrics.prompt_tokens.with_label_values(&model).inc_by(usage.prompt_tokens.into());
+                        self.metrics.completion_tokens.with_label_values(&model).inc_by(usage.completion_tokens.into());
+                        let nano = u64::try_from(settled.amount.nano()).unwrap_or_default();
+                        self.metrics.spend_nano_usd.with_label_values(&model).inc_by(nano);
+                    }
+                    self.acknowledge(claim, usage.completion_tokens).await;
+                    return Some(EventBody::Finished { reason, usage });
+                }
+                Err(LedgerError::HoldExpired(_)) => {
+                    tracing::warn!(request = %job.request, "the hold expired before it was settled; free of charge");
+                    self.acknowledge(claim, usage.completion_tokens).await;
+                    return free("the request could not be settled and was not charged");
+                }
+                Err(LedgerError::Store(error)) if error.is_transient() => {
+                    if !tries.again(&error).await {
+                        return free("the store was away for too long");
+                    }
+                }
+                Err(error) => {
+                    // Needs a person; the customer is not charged for it.
+                    tracing::error!(request = %job.request, %error, ?usage, "cannot settle");
+                    self.release(claim, ReleaseReason::WorkerFailed).await;
+                    self.acknowledge(claim, usage.completion_tokens).await;
+                    return free("the request could not be settled and was not charged");
+                }
+            }
+        }
+    }
+
+    /// A node that was stopped for a while may have lost the claim without having heard of it.
+    async fn still_ours(&self, claim: &Claim, flights: &Flights) -> bool {
+        let request = &claim.job.request;
+        match flights.lease_age(request) {
+            None => return false,
+            Some(age) if age < self.lease_fresh => return true,
+            Some(_) => {}
+        }
+        let renewal = [(request.clone(), claim.attempt)];
+        match self.queue.renew(&claim.job.model, &claim.owner, &renewal).await {
+            Ok(lost) if lost.is_empty() => true,
+            Ok(_) => {
+                flights.lose(request);
+                false
+            }
+            // The store is away; the settlement will fail as well and come back here.
+            Err(_) => flights.holds(request),
+        }
+    }
+
+    async fn release(&self, claim: &Claim, why: ReleaseReason) {
+        let mut tries = Tries::new();
+        loop {
+            match self.ledger.release(&claim.job.tenant, &claim.job.request, why).await {
+                Ok(_) => return,
+                Err(LedgerError::Store(error)) if error.is_transient() => {
+                    if !tries.again(&error).await {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(request = %claim.job.request, %error, "cannot release a hold; it will expire");
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn acknowledge(&self, claim: &Claim, completion_tokens: u32) {
+        let job = &claim.job;
+        let mut tries = Tries::new();
+        loop {
+            let done = self.queue.acknowledge(&job.model, &claim.owner, &job.request, claim.attempt, completion_tokens);
+            match done.await {
+                Ok(true) => return,
+                Ok(false) => {
+                    tracing::info!(request = %job.request, "the claim had been taken back before it was acknowledged");
+                    return;
+                }
+                Err(error) if error.is_transient() => {
+                    if !tries.again(&error).await {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(request = %job.request, %error, "cannot acknowledge a claim; it will expire");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn send(&self, claim: &Arc<Claim>, seq: u32, body: EventBody) {
+        let event = TokenEvent { request: claim.job.request.clone(), seq, body };
+        self.outlet.send(vec![Outgoing { claim: Arc::clone(claim), event }]);
+    }
+}
+
+/// Leaves the table however the landing goes.
+struct Place {
+    request: RequestId,
+    flights: Arc<Flights>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.flights.left(&self.request);
+    }
+}
+
+/// Pauses that double, for as long as trying again makes sense.
+struct Tries {
+    begun: Instant,
+    pause: Duration,
+}
+
+impl Tries {
+    fn new() -> Self {
+        Self { begun: Instant::now(), pause: PAUSE_MIN }
+    }
+
+    async fn again(&mut self, error: &crate::store::StoreError) -> bool {
+        if self.begun.elapsed() > TRY_MAX {
+            tracing::error!(%error, "the store was away for too long");
+            return false;
+        }
+        tracing::debug!(%error, pause = ?self.pause, "the store is away; trying again");
+        sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        true
+    }
+}

@@ -1,0 +1,186 @@
+//! What a pool does by the clock and on notice: claiming, renewing, cancelling, sweeping.
+//!
+//! Promises that claims are made only for what there is room for, that leases are renewed by a timer that no
+//! decode step can delay, and that each duty goes on whatever happens to one round of it.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use futures::FutureExt;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::{cashier::Cashier, station::Station};
+use crate::{
+    domain::{ModelId, RequestId},
+    ledger::Ledger,
+    queue::{Order, Orders, Queue},
+    telemetry::Metrics,
+};
+
+/// Notices may be missed, so that the queue is looked at this often in any case.
+const POLL: Duration = Duration::from_millis(250);
+const STORE_AWAY_PAUSE: Duration = Duration::from_millis(500);
+const PANIC_PAUSE: Duration = Duration::from_secs(1);
+
+/// Runs a duty until `stop` or its own end, again after a panic.
+pub async fn forever<F: Future<Output = ()>>(name: &'static str, stop: CancellationToken, mut duty: impl FnMut() -> F) {
+    loop {
+        let round = AssertUnwindSafe(duty()).catch_unwind();
+        match stop.run_until_cancelled(round).await {
+            None | Some(Ok(())) => return,
+            Some(Err(_)) => tracing::error!(name, "a duty panicked; going on with it"),
+        }
+        let _ = stop.run_until_cancelled(sleep(PANIC_PAUSE)).await;
+    }
+}
+
+/// Claims what there is room for, on notice and now and then. Ends by itself, so that a claim under way is
+/// never dropped with what it claimed.
+pub async fn claim(station: Arc<Station>, queue: Queue, metrics: Arc<Metrics>, stop: CancellationToken) {
+    let mut wakeups = queue.wakeups(&station.model);
+    let mut away = false;
+    while !stop.is_cancelled() {
+        // Asked for before the look, so that room made in between is not missed.
+        let changed = station.flights.changed.notified();
+        let room = station.room();
+        let claimed = match room {
+            0 => Ok(Vec::new()),
+            _ => queue.claim(&station.model, &station.node, room).await,
+        };
+        match claimed {
+            Ok(claims) if claims.is_empty() => {
+                away = false;
+                tokio::select! {
+                    () = wakeups.changed() => {}
+                    // A change makes room only where there was none.
+                    () = changed, if room == 0 => {}
+                    () = sleep(POLL) => {}
+                    () = stop.cancelled() => {}
+                }
+            }
+            Ok(claims) => {
+                away = false;
+                let now = unix_ms();
+                for claim in &claims {
+                    let waited = Duration::from_millis(now.saturating_sub(claim.job.enqueued_unix_ms));
+                    metrics.queue_wait.with_label_values(&[station.model.as_str()]).observe(waited.as_secs_f64());
+                }
+                if let Err(claims) = station.take_in(claims) {
+                    // The worker was lost while the claim was under way.
+                    let claims: Vec<_> = claims.into_iter().map(|claim| (claim.job.request, claim.attempt)).collect();
+                    if let Err(error) = queue.give_back(&station.model, &station.node, &claims).await {
+                        tracing::warn!(model = %station.model, %error, "cannot give claims back; they will expire");
+                    }
+                }
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut away, true) {
+                    tracing::warn!(model = %station.model, %error, "cannot claim requests; trying again");
+                }
+                sleep(STORE_AWAY_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Renews the leases of claims and holds.
+pub async fn renew(station: Arc<Station>, queue: Queue, ledger: Ledger, lease: Duration) {
+    let mut timer = interval((lease / 3).max(Duration::from_millis(10)));
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        timer.tick().await;
+        let leases = station.flights.leases();
+        if leases.is_empty() {
+            continue;
+        }
+        let claims: Vec<(RequestId, u32)> =
+            leases.iter().map(|(_, request, attempt)| (request.clone(), *attempt)).collect();
+        let asked = Instant::now().into_std();
+        match queue.renew(&station.model, &station.node, &claims).await {
+            Ok(lost) => {
+                for request in &lost {
+                    // A request that ended meanwhile is lost in the same words and means nothing.
+                    if station.flights.holds(request) {
+                        tracing::warn!(%request, model = %station.model, "lost a claim; stopping its request");
+                    }
+                    station.lose(request);
+                }
+                station.flights.renewed(claims.into_iter().map(|(request, _)| request), asked);
+            }
+            Err(error) => tracing::warn!(model = %station.model, %error, "cannot renew claims"),
+        }
+        let holds: Vec<_> = leases.into_iter().map(|(tenant, request, _)| (tenant, request)).collect();
+        if let Err(error) = ledger.renew_holds(&holds).await {
+            tracing::warn!(model = %station.model, %error, "cannot renew holds");
+        }
+    }
+}
+
+/// Carries out what edges want.
+pub async fn obey(stations: Arc<[Arc<Station>]>, orders: Arc<tokio::sync::Mutex<Orders>>) {
+    let mut orders = orders.lock().await;
+    loop {
+        for order in orders.next().await {
+            match order {
+                Order::Cancel(request) => {
+                    // Nobody knows it when it has ended meanwhile.
+                    let _ = stations.iter().any(|station| station.cancel(&request));
+                }
+                Order::EdgeLost(edge) => stations.iter().for_each(|station| station.edge_lost(&edge)),
+            }
+        }
+    }
+}
+
+/// Finds what others left behind: claims of dead workers, requests past their deadline, holds of dead edges.
+pub async fn sweep(
+    models: Arc<[ModelId]>,
+    queue: Queue,
+    ledger: Ledger,
+    cashier: Cashier,
+    metrics: Arc<Metrics>,
+    period: Duration,
+) {
+    loop {
+        // Nodes spread over the period, so that they do not all sweep at once.
+        sleep(period.mul_f64(rand::random_range(0.75..1.25))).await;
+        for model in models.iter() {
+            match queue.expired(model).await {
+                Ok(claims) => claims.into_iter().for_each(|claim| cashier.bury(claim)),
+                Err(error) => tracing::warn!(%model, %error, "cannot sweep claims"),
+            }
+            if let Ok(depth) = queue.depth(model).await {
+                metrics.queue_depth.with_label_values(&[model.as_str()]).set(i64::try_from(depth).unwrap_or(i64::MAX));
+            }
+        }
+        match ledger.sweep_expired_holds().await {
+            Ok(0) => {}
+            Ok(holds) => {
+                tracing::warn!(holds, "released holds that nobody renewed");
+                metrics.expired_holds.inc_by(holds as u64);
+            }
+            Err(error) => tracing::warn!(%error, "cannot sweep holds"),
+        }
+    }
+}
+
+/// Waits until nothing is in the air; `false` when that took too long.
+pub async fn landed(station: &Station, limit: Duration) -> bool {
+    let all = async {
+        loop {
+            let changed = station.flights.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if station.flights.count().0 == 0 {
+                return;
+            }
+            changed.await;
+        }
+    };
+    timeout(limit, all).await.is_ok()
+}
+
+fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,267 @@
+//! The requests that this node has claimed for one model and not yet ended.
+//!
+//! Promises that each ends once: whoever moves it to its landing is the only one, be it the engine's last
+//! event, the worker's death, a lost edge or the drain. Lives outside the actors, so that it outlives their
+//! panics. Never does I/O.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::{
+    domain::{Claim, EventBody, FailureCode, FinishReason, NodeId, RequestId, TenantId, TokenEvent, Usage},
+    engine::{EngineEvent, EngineEventBody},
+    queue::Outgoing,
+};
+
+#[derive(Default)]
+pub struct Flights {
+    table: Mutex<HashMap<RequestId, Flight>>,
+    /// Told whenever a flight lands or leaves.
+    pub changed: Notify,
+}
+
+struct Flight {
+    claim: Arc<Claim>,
+    /// Which incarnation of the worker has it.
+    generation: u64,
+    seq_next: u32,
+    cancelled: bool,
+    /// When its lease was last known to be good.
+    renewed: Instant,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Flying,
+    /// Being settled or released.
+    Landing,
+}
+
+/// How a flight ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Finished {
+        reason: FinishReason,
+        usage: Usage,
+    },
+    Failed {
+        code: FailureCode,
+        message: String,
+    },
+    /// The client went away before any work was done.
+    Withdrawn,
+}
+
+/// A flight on its way out of the table. Its holder settles or releases it, then calls [`Flights::left`].
+#[must_use = "a landing must be settled or released"]
+#[derive(Debug)]
+pub struct Landing {
+    pub claim: Arc<Claim>,
+    pub seq: u32,
+    pub outcome: Outcome,
+}
+
+/// What one engine step comes to.
+#[derive(Default)]
+pub struct Advanced {
+    pub events: Vec<Outgoing>,
+    pub landings: Vec<Landing>,
+}
+
+impl Flights {
+    /// Takes claims in and answers with their first events.
+    pub fn take_in(&self, claims: &[Arc<Claim>], generation: u64) -> Vec<Outgoing> {
+        let mut table = self.table.lock();
+        let (seq_next, cancelled, renewed, state) = (1, false, Instant::now(), State::Flying);
+        let mut events = Vec::with_capacity(claims.len());
+        for claim in claims {
+            let request = claim.job.request.clone();
+            let flight = Flight { claim: Arc::clone(claim), generation, seq_next, cancelled, renewed, state };
+            table.insert(request.clone(), flight);
+            let event = TokenEvent { request, seq: 0, body: EventBody::Accepted };
+            events.push(Outgoing { claim: Arc::clone(claim), event });
+        }
+        events
+    }
+
+    /// Turns one step of the engine into events and landings. Events of requests that are not (any more) of
+    /// this generation's come to nothing.
+    pub fn advance(&self, events: Vec<EngineEvent>, generation: u64) -> Advanced {
+        let mut advanced = Advanced::default();
+        let mut table = self.table.lock();
+        for EngineEvent { request, body } in events {
+            let flying = |flight: &&mut Flight| flight.generation == generation && flight.state == State::Flying;
+            let Some(flight) = table.get_mut(&request).filter(flying) else { continue };
+            let outcome = match body {
+                EngineEventBody::Delta { text, tokens } => {
+                    let event = TokenEvent { request, seq: flight.seq_next, body: EventBody::Delta { text, tokens } };
+                    flight.seq_next += 1;
+                    advanced.events.push(Outgoing { claim: Arc::clone(&flight.claim), event });
+                    continue;
+                }
+                EngineEventBody::Finished { reason, usage } => Outcome::Finished { reason, usage },
+                EngineEventBody::Failed { message } => {
+                    tracing::warn!(%request, message, "the engine cannot serve this request");
+                    Outcome::Failed { code: FailureCode::WorkerFailed, message }
+                }
+            };
+            advanced.landings.push(flight.land(outcome));
+        }
+        drop(table);
+        if !advanced.landings.is_empty() {
+            self.changed.notify_waiters();
+        }
+        advanced
+    }
+
+    /// Lands one flight, if it still flies.
+    pub fn land(&self, request: &RequestId, outcome: Outcome) -> Option<Landing> {
+        let mut table = self.table.lock();
+        let flight = table.get_mut(request).filter(|flight| flight.state == State::Flying)?;
+        let landing = flight.land(outcome);
+        drop(table);
+        self.changed.notify_waiters();
+        Some(landing)
+    }
+
+    /// Fails everything that flies and that `which` chooses by generation and edge.
+    pub fn fail(&self, which: impl Fn(u64, &NodeId) -> bool, code: FailureCode, message: &str) -> Vec<Landing> {
+        let mut table = self.table.lock();
+        let chosen = table.values_mut().filter(|flight| {
+            flight.state == State::Flying && which(flight.generation, &flight.claim.job.reply_to.node)
+        });
+        let landings =
+            chosen.map(|flight| flight.land(Outcome::Failed { code, message: message.to_owned() })).collect();
+        drop(table);
+        self.changed.notify_waiters();
+        landings
+    }
+
+    /// Notes that the client has gone. `false`: not here.
+    pub fn cancel(&self, request: &RequestId) -> bool {
+        self.table.lock().get_mut(request).map(|flight| flight.cancelled = true).is_some()
+    }
+
+    /// Whether the client has gone; `None` when the flight is no longer in the air.
+    pub fn is_cancelled(&self, request: &RequestId) -> Option<bool> {
+        let table = self.table.lock();
+        table.get(request).filter(|flight| flight.state == State::Flying).map(|flight| flight.cancelled)
+    }
+
+    /// The claim is somebody else's now: forget it, whatever its state.
+    pub fn lose(&self, request: &RequestId) {
+        self.table.lock().remove(request);
+        self.changed.notify_waiters();
+    }
+
+    /// A landing is done.
+    pub fn left(&self, request: &RequestId) {
+        self.lose(request);
+    }
+
+    /// Whether the request is still this node's to settle.
+    pub fn holds(&self, request: &RequestId) -> bool {
+        self.table.lock().contains_key(request)
+    }
+
+    /// How long ago the lease was known to be good.
+    pub fn lease_age(&self, request: &RequestId) -> Option<Duration> {
+        self.table.lock().get(request).map(|flight| flight.renewed.elapsed())
+    }
+
+    pub fn renewed(&self, requests: impl IntoIterator<Item = RequestId>, at: Instant) {
+        let mut table = self.table.lock();
+        for request in requests {
+            if let Some(flight) = table.get_mut(&request) {
+                flight.renewed = at;
+            }
+        }
+    }
+
+    /// Everything whose lease and hold must be kept alive.
+    pub fn leases(&self) -> Vec<(TenantId, RequestId, u32)> {
+        let table = self.table.lock();
+        let lease = |flight: &Flight| {
+            let job = &flight.claim.job;
+            (job.tenant.clone(), job.request.clone(), flight.claim.attempt)
+        };
+        table.values().map(lease).collect()
+    }
+
+    /// (in the air, all)
+    pub fn count(&self) -> (usize, usize) {
+        let table = self.table.lock();
+        (table.values().filter(|flight| flight.state == State::Flying).count(), table.len())
+    }
+}
+
+impl Flight {
+    fn land(&mut self, outcome: Outcome) -> Landing {
+        self.state = State::Landing;
+        Landing { claim: Arc::clone(&self.claim), seq: self.seq_next, outcome }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::testing::claim;
+
+    fn delta(request: &str) -> EngineEvent {
+        EngineEvent { request: request.into(), body: EngineEventBody::Delta { text: "a".into(), tokens: 1 } }
+    }
+
+    fn finished(request: &str) -> EngineEvent {
+        let body = EngineEventBody::Finished { reason: FinishReason::Stop, usage: Usage::default() };
+        EngineEvent { request: request.into(), body }
+    }
+
+    #[test]
+    fn events_are_numbered_without_gaps_and_a_request_lands_once() {
+        let flights = Flights::default();
+        let accepted = flights.take_in(&[claim("a", "edge")], 1);
+        assert_eq!(accepted[0].event.seq, 0);
+        let step = flights.advance(vec![delta("a"), delta("a"), finished("a"), delta("a")], 1);
+        assert_eq!(step.events.iter().map(|out| out.event.seq).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(step.landings.len(), 1);
+        assert_eq!(step.landings[0].seq, 3);
+        assert!(flights.fail(|_, _| true, FailureCode::WorkerFailed, "late").is_empty());
+        assert_eq!(flights.count(), (0, 1));
+        flights.left(&"a".into());
+        assert_eq!(flights.count(), (0, 0));
+    }
+
+    #[test]
+    fn a_worker_that_was_replaced_is_not_heard() {
+        let flights = Flights::default();
+        flights.take_in(&[claim("a", "edge")], 2);
+        let step = flights.advance(vec![delta("a"), finished("a")], 1);
+        assert!(step.events.is_empty() && step.landings.is_empty());
+    }
+
+    #[test]
+    fn a_lost_edge_fails_its_own_requests_only() {
+        let flights = Flights::default();
+        flights.take_in(&[claim("a", "edge-1"), claim("b", "edge-2")], 1);
+        let lost = NodeId::from("edge-1");
+        let landings = flights.fail(|_, edge| *edge == lost, FailureCode::WorkerFailed, "the edge is gone");
+        assert_eq!(landings.len(), 1);
+        assert_eq!(landings[0].claim.job.request.as_str(), "a");
+    }
+
+    #[test]
+    fn a_lost_claim_is_forgotten_even_while_it_lands() {
+        let flights = Flights::default();
+        flights.take_in(&[claim("a", "edge")], 1);
+        let _landing = flights.land(&"a".into(), Outcome::Failed { code: FailureCode::Draining, message: "x".into() });
+        flights.lose(&"a".into());
+        assert!(!flights.holds(&"a".into()));
+    }
+}

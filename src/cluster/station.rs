@@ -1,0 +1,167 @@
+//! What the actors and tasks of one pool share, and what must outlive the panic of any of them.
+//!
+//! Promises that a claim is taken in only while a worker can take it, and that when a worker is retired
+//! nothing that it had in the air is forgotten.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use ractor::ActorRef;
+use tokio::sync::watch;
+
+use super::{
+    cashier::Cashier,
+    flights::{Flights, Outcome},
+    worker::WorkerMessage,
+};
+use crate::{
+    domain::{Claim, FailureCode, ModelId, NodeId, RequestId},
+    engine::{EngineEvent, EngineHandle},
+    queue::Outlet,
+};
+
+/// What a model's pool is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PoolStatus {
+    Loading,
+    Ready,
+    /// Failed, and started again soon.
+    Restarting(String),
+    /// Failed too often; slow attempts go on.
+    Unavailable(String),
+}
+
+impl PoolStatus {
+    /// Whether new requests for the model make sense.
+    pub fn is_available(&self) -> bool {
+        matches!(self, Self::Ready | Self::Restarting(_))
+    }
+}
+
+pub struct Station {
+    pub node: NodeId,
+    pub model: ModelId,
+    pub sequences_max: usize,
+    pub flights: Arc<Flights>,
+    pub cashier: Cashier,
+    pub outlet: Outlet,
+    pub status: watch::Sender<PoolStatus>,
+    bench: Mutex<Option<Bench>>,
+}
+
+/// The worker that is ready now.
+struct Bench {
+    generation: u64,
+    engine: EngineHandle,
+    worker: ActorRef<WorkerMessage>,
+}
+
+impl Station {
+    pub fn new(node: NodeId, model: ModelId, sequences_max: usize, cashier: Cashier, outlet: Outlet) -> Self {
+        let status = watch::Sender::new(PoolStatus::Loading);
+        let flights = Arc::default();
+        Self { node, model, sequences_max, flights, cashier, outlet, status, bench: Mutex::default() }
+    }
+
+    pub fn open(&self, generation: u64, engine: EngineHandle, worker: ActorRef<WorkerMessage>) {
+        *self.bench.lock() = Some(Bench { generation, engine, worker });
+        self.status.send_replace(PoolStatus::Ready);
+        self.flights.changed.notify_waiters();
+    }
+
+    /// How many claims the worker has room for. Landings that wait for the store take room as well, so that
+    /// they stay bounded.
+    pub fn room(&self) -> usize {
+        if self.bench.lock().is_none() {
+            return 0;
+        }
+        let (flying, all) = self.flights.count();
+        self.sequences_max.saturating_sub(flying).min((4 * self.sequences_max).saturating_sub(all))
+    }
+
+    /// Takes claims in and hands them to the worker; gives them back where there is none.
+    pub fn take_in(&self, claims: Vec<Claim>) -> Result<(), Vec<Claim>> {
+        let bench = self.bench.lock();
+        let Some(ready) = bench.as_ref() else { return Err(claims) };
+        let claims: Vec<_> = claims.into_iter().map(Arc::new).collect();
+        // Under the bench's lock: a worker that is retired now will find these flights and fail them.
+        let accepted = self.flights.take_in(&claims, ready.generation);
+        self.outlet.send(accepted);
+        // A worker that has just died does not read it; its supervisor fails the flights.
+        let _ = ready.worker.cast(WorkerMessage::Submit(claims));
+        Ok(())
+    }
+
+    /// One step of the engine. Never waits.
+    pub fn advance(&self, events: Vec<EngineEvent>, generation: u64) {
+        let advanced = self.flights.advance(events, generation);
+        if !advanced.events.is_empty() {
+            self.outlet.send(advanced.events);
+        }
+        self.cashier.land(advanced.landings, &self.flights);
+    }
+
+    /// The client went away. `false`: the request is not here.
+    pub fn cancel(&self, request: &RequestId) -> bool {
+        let here = self.flights.cancel(request);
+        if here {
+            self.cancel_in_engine(request);
+        }
+        here
+    }
+
+    pub fn cancel_in_engine(&self, request: &RequestId) {
+        if let Some(bench) = &*self.bench.lock() {
+            bench.engine.cancel(request);
+        }
+    }
+
+    /// The claim is another's: stop, and settle nothing.
+    pub fn lose(&self, request: &RequestId) {
+        self.flights.lose(request);
+        self.cancel_in_engine(request);
+    }
+
+    pub fn edge_lost(&self, edge: &NodeId) {
+        let message = "the edge that the request came from is gone";
+        self.fail(|_, at| at == edge, FailureCode::WorkerFailed, message);
+    }
+
+    /// Fails what flies and is chosen: free of charge, and stopped in the engine.
+    pub fn fail(&self, which: impl Fn(u64, &NodeId) -> bool, code: FailureCode, message: &str) {
+        let landings = self.flights.fail(which, code, message);
+        for landing in &landings {
+            self.cancel_in_engine(&landing.claim.job.request);
+        }
+        self.cashier.land(landings, &self.flights);
+    }
+
+    /// Ends a request before it reached the engine.
+    pub fn end(&self, request: &RequestId, outcome: Outcome) {
+        self.cashier.land(self.flights.land(request, outcome).into_iter().collect(), &self.flights);
+    }
+
+    /// A worker of this generation or an older one is gone: so are its engine and all that it had.
+    pub fn retire(&self, generation: u64, why: &str) {
+        let mut bench = self.bench.lock();
+        if bench.as_ref().is_some_and(|bench| bench.generation <= generation)
+            && let Some(bench) = bench.take()
+        {
+            bench.engine.shutdown();
+        }
+        drop(bench);
+        let landings = self.flights.fail(|of, _| of <= generation, FailureCode::WorkerFailed, why);
+        if !landings.is_empty() {
+            tracing::warn!(model = %self.model, requests = landings.len(), why, "failed the requests of a lost worker");
+        }
+        self.cashier.land(landings, &self.flights);
+    }
+
+    /// The engine's count of steps; `None` while there is no engine.
+    pub fn steps(&self) -> Option<(u64, u64)> {
+        self.bench.lock().as_ref().map(|bench| (bench.generation, bench.engine.load().steps))
+    }
+}
+
+/// What a client may hear of a worker's end; the log has the rest.
+pub const WORKER_LOST: &str = "the worker that had the request failed; it was not charged";

@@ -1,0 +1,30 @@
+//! Claims for tests.
+
+use std::sync::Arc;
+
+use crate::domain::{Claim, Job, KeyId, ModelId, NanoUsd, NodeId, Price, ReplyTo, RequestId, SamplingParams, TenantId};
+
+pub fn claim(request: &str, edge: &str) -> Arc<Claim> {
+    Arc::new(Claim { job: job(request, edge), owner: NodeId::from("node_worker"), attempt: 1 })
+}
+
+pub fn job(request: &str, edge: &str) -> Job {
+    let price = Price { input: NanoUsd::new(200), output: NanoUsd::new(300) };
+    Job {
+        request: RequestId::from(request),
+        tenant: TenantId::from("ten_a"),
+        key: KeyId::from("key_a"),
+        model: ModelId::from("model"),
+        prompt: vec![1, 2, 3],
+        output_tokens_max: 8,
+        sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 },
+        stop: Vec::new(),
+        ignore_eos: true,
+        price,
+        price_version: "test".into(),
+        hold: NanoUsd::new(3 * 200 + 8 * 300),
+        reply_to: ReplyTo { node: NodeId::from(edge), relay: None },
+        enqueued_unix_ms: 0,
+        deadline_unix_ms: 60_000,
+    }
+}

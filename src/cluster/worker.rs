@@ -1,0 +1,152 @@
+//! The actor that owns one engine.
+//!
+//! Promises that loading never blocks an actor or the runtime, and that its own end, however it comes, is
+//! heard by its supervisor. Keeps nothing that must survive it: what is in the air lives in the station.
+
+use std::sync::Arc;
+
+use ractor::{Actor, ActorProcessingErr, ActorRef};
+use tokio::sync::mpsc;
+
+use super::{
+    flights::Outcome,
+    pool::PoolMessage,
+    station::{Station, WORKER_LOST},
+};
+use crate::{
+    domain::{Claim, FailureCode},
+    engine::{EngineError, EngineHandle, EngineMessage, EngineRequest},
+};
+
+/// Loads an engine that speaks to this sink. Blocks.
+pub type Loader = Arc<dyn Fn(mpsc::Sender<EngineMessage>) -> Result<EngineHandle, EngineError> + Send + Sync>;
+
+/// Steps that may wait between the engine and its pump. The pump never waits for a stream, so a few do.
+const STEPS_WAITING_MAX: usize = 64;
+
+pub struct Worker;
+
+pub struct WorkerArguments {
+    pub station: Arc<Station>,
+    pub loader: Loader,
+    pub generation: u64,
+    pub pool: ActorRef<PoolMessage>,
+}
+
+pub enum WorkerMessage {
+    Loaded(Result<EngineHandle, EngineError>),
+    Submit(Vec<Arc<Claim>>),
+    EngineDied(String),
+    #[cfg(test)]
+    Panic,
+}
+
+pub struct WorkerState {
+    arguments: WorkerArguments,
+    steps: Option<mpsc::Receiver<EngineMessage>>,
+    engine: Option<EngineHandle>,
+}
+
+impl Actor for Worker {
+    type Msg = WorkerMessage;
+    type State = WorkerState;
+    type Arguments = WorkerArguments;
+
+    async fn pre_start(
+        &self,
+        myself: ActorRef<WorkerMessage>,
+        arguments: WorkerArguments,
+    ) -> Result<WorkerState, ActorProcessingErr> {
+        let (sink, steps) = mpsc::channel(STEPS_WAITING_MAX);
+        let loader = Arc::clone(&arguments.loader);
+        tokio::spawn(async move {
+            let loaded = tokio::task::spawn_blocking(move || loader(sink)).await;
+            // A panic while loading was logged by the hook. If nobody listens any more, dropping the
+            // handle ends the engine.
+            let _ = myself.cast(WorkerMessage::Loaded(loaded.unwrap_or(Err(EngineError::Gone))));
+        });
+        Ok(WorkerState { arguments, steps: Some(steps), engine: None })
+    }
+
+    async fn handle(
+        &self,
+        myself: ActorRef<WorkerMessage>,
+        message: WorkerMessage,
+        state: &mut WorkerState,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            WorkerMessage::Loaded(loaded) => {
+                let engine = loaded?;
+                let steps = state.steps.take().ok_or("an engine was loaded twice")?;
+                let WorkerArguments { station, generation, pool, .. } = &state.arguments;
+                tokio::spawn(pump(steps, Arc::clone(station), *generation, myself));
+                state.engine = Some(engine.clone());
+                pool.cast(PoolMessage::WorkerReady(*generation, engine))?;
+            }
+            WorkerMessage::Submit(claims) => {
+                let engine = state.engine.as_ref().ok_or("work came before the engine")?;
+                for claim in claims {
+                    submit(&state.arguments.station, engine, &claim);
+                }
+            }
+            WorkerMessage::EngineDied(why) => return Err(why.into()),
+            #[cfg(test)]
+            WorkerMessage::Panic => panic!("told to panic"),
+        }
+        Ok(())
+    }
+}
+
+fn submit(station: &Station, engine: &EngineHandle, claim: &Claim) {
+    let job = &claim.job;
+    match station.flights.is_cancelled(&job.request) {
+        None => return,
+        Some(true) => return station.end(&job.request, Outcome::Withdrawn),
+        Some(false) => {}
+    }
+    let request = EngineRequest {
+        request: job.request.clone(),
+        prompt: job.prompt.clone(),
+        output_tokens_max: job.output_tokens_max,
+        sampling: job.sampling.clone(),
+        stop: job.stop.clone(),
+        ignore_eos: job.ignore_eos,
+    };
+    if let Err(error) = engine.submit(request) {
+        tracing::error!(request = %job.request, %error, "the engine did not take a request");
+        let failed = Outcome::Failed { code: FailureCode::WorkerFailed, message: WORKER_LOST.to_owned() };
+        return station.end(&job.request, failed);
+    }
+    // Its client may have gone between the look and the submission, when the engine did not know it yet.
+    if station.flights.is_cancelled(&job.request) != Some(false) {
+        engine.cancel(&job.request);
+    }
+}
+
+/// Carries the engine's steps to the station. Never waits for anything but the engine.
+async fn pump(
+    mut steps: mpsc::Receiver<EngineMessage>,
+    station: Arc<Station>,
+    generation: u64,
+    worker: ActorRef<WorkerMessage>,
+) {
+    let mut end = End { worker, why: "its events were lost".to_owned() };
+    while let Some(message) = steps.recv().await {
+        match message {
+            EngineMessage::Step(events) => station.advance(events, generation),
+            EngineMessage::Died(why) => end.why = why,
+        }
+    }
+}
+
+/// Tells the worker that no more events will come, even if the pump panics.
+struct End {
+    worker: ActorRef<WorkerMessage>,
+    why: String,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = self.worker.cast(WorkerMessage::EngineDied(std::mem::take(&mut self.why)));
+    }
+}

@@ -1,0 +1,130 @@
+//! The configured models, opened once for the prompts and for the engines.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use super::NodeError;
+use crate::{
+    cluster::{PoolSpec, RestartPolicy},
+    config::{self, Config, EngineKind, Role, Spinning},
+    domain::ModelId,
+    engine::{self, Backend, EngineSpec, OnnxRuntime, onnx::RuntimeOptions},
+    model::ModelFile,
+    prompt::{PromptModel, Tokenizer},
+    telemetry::Metrics,
+};
+
+pub struct Models {
+    files: BTreeMap<ModelId, Arc<ModelFile>>,
+    /// Absent where nothing here needs it.
+    runtime: Option<OnnxRuntime>,
+}
+
+/// Opens every model's file and, where this node runs engines, ONNX Runtime. Blocks.
+pub fn open(config: &Config) -> Result<Models, NodeError> {
+    let mut opened = HashMap::<PathBuf, Arc<ModelFile>>::new();
+    let mut files = BTreeMap::new();
+    for (id, model) in &config.models {
+        let path = path(config, model);
+        let file = match opened.get(&path) {
+            Some(file) => Arc::clone(file),
+            None => ModelFile::open(&path).map_err(|error| fault(config, id, error.to_string()))?,
+        };
+        opened.insert(path, Arc::clone(&file));
+        files.insert(id.clone(), file);
+    }
+    let runs = config.node.role != Role::Edge;
+    let needs_runtime = runs && config.models.values().any(|model| model.engine == EngineKind::Onnx);
+    let runtime = needs_runtime.then(|| OnnxRuntime::start(options(config))).transpose()?;
+    Ok(Models { files, runtime })
+}
+
+impl Models {
+    /// What the edge renders and tokenises with; one tokeniser for each file.
+    pub fn prompts(&self, config: &Config) -> Result<BTreeMap<ModelId, PromptModel>, NodeError> {
+        let mut tokenizers = HashMap::<PathBuf, Arc<Tokenizer>>::new();
+        let mut prompts = BTreeMap::new();
+        for (id, model) in &config.models {
+            let path = path(config, model);
+            let tokenizer = match tokenizers.get(&path) {
+                Some(tokenizer) => Arc::clone(tokenizer),
+                None => {
+                    let vocabulary = Arc::clone(&self.files[id].vocabulary);
+                    Arc::new(Tokenizer::new(vocabulary).map_err(|error| fault(config, id, error.to_string()))?)
+                }
+            };
+            tokenizers.insert(path, Arc::clone(&tokenizer));
+            let context = model.context_tokens_max.min(self.files[id].params.context_tokens);
+            let prompt = PromptModel::new(tokenizer, context).map_err(|error| fault(config, id, error.to_string()))?;
+            prompts.insert(id.clone(), prompt);
+        }
+        Ok(prompts)
+    }
+
+    pub fn pools(&self, config: &Config, metrics: &Arc<Metrics>) -> Vec<PoolSpec> {
+        config.models.iter().map(|(id, model)| self.pool(config, id, model, metrics)).collect()
+    }
+
+    fn pool(&self, config: &Config, id: &ModelId, model: &config::Model, metrics: &Arc<Metrics>) -> PoolSpec {
+        let (id, model, metrics) = (id.clone(), model.clone(), Arc::clone(metrics));
+        let (file, runtime) = (Arc::clone(&self.files[&id]), self.runtime.clone());
+        let kv_block_tokens = config.engine.kv_block_tokens;
+        PoolSpec {
+            model: id.clone(),
+            sequences_max: model.sequences_max,
+            stall_max: Duration::from_millis(config.engine.stall_ms_max),
+            policy: RestartPolicy::default(),
+            loader: Arc::new(move |sink| {
+                let backend = match (model.engine, &runtime) {
+                    (EngineKind::Onnx, Some(runtime)) => Backend::Onnx(runtime.clone()),
+                    (EngineKind::Onnx, None) => return Err(engine::EngineError::Gone),
+                    (EngineKind::Scripted, _) => Backend::Scripted,
+                };
+                let spec = EngineSpec {
+                    model: id.clone(),
+                    file: Arc::clone(&file),
+                    backend,
+                    context_tokens_max: model.context_tokens_max,
+                    sequences_max: model.sequences_max,
+                    step_tokens_max: model.step_tokens_max,
+                    kv_block_tokens,
+                    kv_memory_bytes: model.kv_memory_mib << 20,
+                };
+                engine::spawn(spec, sink, Arc::clone(&metrics))
+            }),
+        }
+    }
+}
+
+fn path(config: &Config, model: &config::Model) -> PathBuf {
+    config.node.data_dir.join("models").join(&model.file)
+}
+
+fn fault(config: &Config, id: &ModelId, why: String) -> NodeError {
+    NodeError::Model { model: id.clone(), path: path(config, &config.models[id]), why }
+}
+
+fn options(config: &Config) -> RuntimeOptions {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
+    let spinning = match config.engine.spinning {
+        Spinning::On => true,
+        Spinning::Off => false,
+        // A thread that spins takes a core from whatever else wants to run on it.
+        Spinning::Auto => threads <= cores && is_quiet(cores),
+    };
+    tracing::info!(threads, cores, spinning, "threads of ONNX Runtime");
+    let library = OnnxRuntime::find_library(&config.engine.ort_library, &config.node.data_dir);
+    RuntimeOptions { library, threads, spinning, providers: config.engine.providers.clone() }
+}
+
+/// Whether the machine was mostly idle in the last minute; unknown counts as busy.
+fn is_quiet(cores: usize) -> bool {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let load = text.split_whitespace().next().and_then(|load| load.parse::<f64>().ok());
+    load.is_some_and(|load| load < cores as f64 / 2.0)
+}

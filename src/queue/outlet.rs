@@ -1,0 +1,136 @@
+//! The worker's way out: token events to the edge that each request came from.
+//!
+//! Promises that sending never waits, whichever edge is slow, and that whatever makes a request pointless
+//! (its client left, its edge is gone) comes back as an [`Order`]. Never keeps an event for later.
+
+use std::{sync::Arc, time::Duration};
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::{
+    relay::{Dialer, Feedback, Pace, Secret},
+    reply::{Cancellations, ReplyHub, WorkerLink},
+};
+use crate::domain::{Claim, NodeId, RequestId, TokenEvent};
+
+/// One event and the claim that says where it goes.
+pub struct Outgoing {
+    pub claim: Arc<Claim>,
+    pub event: TokenEvent,
+}
+
+/// What edges want of the worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// The client went away: stop, and bill what was decoded.
+    Cancel(RequestId),
+    /// Nothing reaches that edge any more, and its clients have been told of a failure: stop, free of charge.
+    EdgeLost(NodeId),
+}
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Outlet {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    /// The edge of the same process.
+    local: Option<(ReplyHub, WorkerLink)>,
+    /// Edges of other processes.
+    dialer: Option<Dialer>,
+    orders: Arc<Inbox>,
+}
+
+impl Outlet {
+    /// `hub` is the edge of this process, `relay` the way to those of others; either may be absent.
+    pub fn new(node: NodeId, hub: Option<ReplyHub>, relay: Option<(Secret, Pace)>) -> (Self, Orders) {
+        let inbox = Arc::new(Inbox::default());
+        let (link, cancellations) = WorkerLink::new();
+        let dialer = relay.map(|(secret, pace)| Dialer::new(node, secret, pace, inbox.clone()));
+        let local = hub.map(|hub| (hub, link));
+        let inner = Arc::new(Inner { local, dialer, orders: Arc::clone(&inbox) });
+        (Self { inner }, Orders { inbox, cancellations })
+    }
+
+    /// Sends the events of one step. Never waits.
+    pub fn send(&self, batch: Vec<Outgoing>) {
+        // A step has few edges, so that a list beats a map.
+        let mut edges: Vec<(Arc<Claim>, Vec<TokenEvent>)> = Vec::new();
+        for Outgoing { claim, event } in batch {
+            match edges.iter_mut().find(|(first, _)| first.job.reply_to.node == claim.job.reply_to.node) {
+                Some((_, events)) => events.push(event),
+                None => edges.push((claim, vec![event])),
+            }
+        }
+        for (claim, events) in edges {
+            let to = &claim.job.reply_to;
+            match (&self.inner.local, &self.inner.dialer, &to.relay) {
+                (Some((hub, link)), _, _) if *hub.node() == to.node => {
+                    self.inner.orders.cancelled(hub.deliver(events, link));
+                }
+                (_, Some(dialer), Some(address)) => dialer.send(&to.node, address, events),
+                _ => {
+                    tracing::warn!(edge = %to.node, "there is no way to this edge");
+                    self.inner.orders.edge_lost(&to.node);
+                }
+            }
+        }
+    }
+
+    /// Sends what is queued and closes the connections.
+    pub async fn close(&self, limit: Duration) {
+        if let Some(dialer) = &self.inner.dialer {
+            dialer.close(limit).await;
+        }
+    }
+}
+
+/// Bounded by the requests that this node has claimed and the edges that they came from.
+#[derive(Default)]
+struct Inbox {
+    orders: Mutex<Vec<Order>>,
+    wake: Notify,
+}
+
+impl Inbox {
+    fn push(&self, orders: impl IntoIterator<Item = Order>) {
+        self.orders.lock().extend(orders);
+        self.wake.notify_one();
+    }
+}
+
+impl Feedback for Inbox {
+    fn cancelled(&self, requests: Vec<RequestId>) {
+        if !requests.is_empty() {
+            self.push(requests.into_iter().map(Order::Cancel));
+        }
+    }
+
+    fn edge_lost(&self, edge: &NodeId) {
+        self.push([Order::EdgeLost(edge.clone())]);
+    }
+}
+
+/// The reading end of an outlet's orders; there is one.
+pub struct Orders {
+    inbox: Arc<Inbox>,
+    cancellations: Cancellations,
+}
+
+impl Orders {
+    /// Everything since the last call; waits until there is something. Cancel-safe.
+    pub async fn next(&mut self) -> Vec<Order> {
+        loop {
+            let waiting = std::mem::take(&mut *self.inbox.orders.lock());
+            if !waiting.is_empty() {
+                return waiting;
+            }
+            tokio::select! {
+                requests = self.cancellations.next() => return requests.into_iter().map(Order::Cancel).collect(),
+                () = self.inbox.wake.notified() => {}
+            }
+        }
+    }
+}
