@@ -2,8 +2,11 @@
 
 mod support;
 
+mod cluster_node;
+mod cluster_split;
 mod edge_chat;
 mod edge_refusals;
+
 mod engine;
 
 mod store_accounts;
