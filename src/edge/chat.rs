@@ -89,6 +89,9 @@ async fn serve(
     let (model, served) = state.models.get_key_value(name).ok_or_else(|| ApiError::model_not_found(name))?;
     *model_label = Some(model.clone());
     let messages = std::mem::take(&mut request.messages);
+    if messages.iter().any(|message| message.name.is_some()) && !state.knows_names(model) {
+        request.ignored.push("messages[].name".to_owned());
+    }
     let prompt = state.pool.tokens(model.clone(), messages).await.map_err(ApiError::from)?;
     let room = served.context_tokens_max.saturating_sub(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
     let cap = served.output_tokens_max.min(room);

@@ -12,9 +12,12 @@ use serde::Serialize;
 
 use crate::{domain::FailureCode, prompt::PromptError};
 
-/// An error as the wire contract has it.
+/// An error as the wire contract has it. Boxed, so that whatever may fail stays cheap to return.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ApiError {
+pub struct ApiError(Box<Fault>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Fault {
     status: StatusCode,
     kind: &'static str,
     code: Option<&'static str>,
@@ -52,7 +55,7 @@ const RETRY_PROMPT_MS: u64 = 250;
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Fault {
             status,
             kind,
             code: Some(code),
@@ -63,11 +66,11 @@ impl ApiError {
             allow: None,
             close: false,
             reason: code,
-        }
+        }))
     }
 
     fn retry_after(mut self, ms: u64) -> Self {
-        self.retry_after_ms = Some(ms);
+        self.0.retry_after_ms = Some(ms);
         self
     }
 
@@ -76,7 +79,7 @@ impl ApiError {
     /// A 400 that names the field.
     pub fn field(code: &'static str, param: impl Into<String>, message: impl Into<String>) -> Self {
         let mut error = Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, code, message);
-        error.param = Some(param.into());
+        error.0.param = Some(param.into());
         error
     }
 
@@ -93,35 +96,35 @@ impl ApiError {
             "incomplete_body",
             "The request body ended before it was complete.",
         );
-        error.close = true;
+        error.0.close = true;
         error
     }
 
     pub fn body_too_late(limit_ms: u64) -> Self {
         let why = format!("The request body did not arrive within {limit_ms} ms.");
         let mut error = Self::new(StatusCode::REQUEST_TIMEOUT, INVALID_REQUEST, "request_timeout", why);
-        error.close = true;
+        error.0.close = true;
         error
     }
 
     pub fn body_too_large(limit: usize) -> Self {
         let why = format!("The request body is larger than {limit} bytes.");
         let mut error = Self::new(StatusCode::PAYLOAD_TOO_LARGE, INVALID_REQUEST, "request_too_large", why);
-        error.close = true;
+        error.0.close = true;
         error
     }
 
     pub fn unsupported_media_type(message: impl Into<String>) -> Self {
         let mut error =
             Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID_REQUEST, "unsupported_media_type", message);
-        error.close = true;
+        error.0.close = true;
         error
     }
 
     pub fn method_not_allowed(method: &str, path: &str, allow: &'static str) -> Self {
         let why = format!("Not allowed to {} on {}.", shorten(method), shorten(path));
         let mut error = Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID_REQUEST, "method_not_allowed", why);
-        error.allow = Some(allow);
+        error.0.allow = Some(allow);
         error
     }
 
@@ -133,7 +136,7 @@ impl ApiError {
     pub fn model_not_found(model: &str) -> Self {
         let why = format!("The model `{}` does not exist or you do not have access to it.", shorten(model));
         let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "model_not_found", why);
-        error.param = Some("model".into());
+        error.0.param = Some("model".into());
         error
     }
 
@@ -151,7 +154,7 @@ impl ApiError {
 
     fn unauthorized(why: &str) -> Self {
         let mut error = Self::new(StatusCode::UNAUTHORIZED, "authentication_error", "invalid_api_key", why);
-        error.close = true;
+        error.0.close = true;
         error
     }
 
@@ -163,7 +166,7 @@ impl ApiError {
         let why = "Your balance does not cover this request: its prompt plus the most output that it may have. \
                    Add credit, or ask for fewer tokens with max_completion_tokens.";
         let mut error = Self::new(StatusCode::PAYMENT_REQUIRED, "insufficient_quota", "insufficient_quota", why);
-        error.never_retry = true;
+        error.0.never_retry = true;
         error
     }
 
@@ -173,7 +176,7 @@ impl ApiError {
         let why = "Too many requests wait for this model. Try again shortly.";
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", why)
             .retry_after(retry_after_ms.max(1));
-        error.reason = "queue_full";
+        error.0.reason = "queue_full";
         error
     }
 
@@ -181,7 +184,7 @@ impl ApiError {
         let why = "Too many prompts are being read. Try again shortly.";
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", why)
             .retry_after(RETRY_PROMPT_MS);
-        error.reason = "prompt_pool_full";
+        error.0.reason = "prompt_pool_full";
         error
     }
 
@@ -189,7 +192,7 @@ impl ApiError {
         let status = StatusCode::SERVICE_UNAVAILABLE;
         let mut error =
             Self::new(status, "service_unavailable", "service_unavailable", message).retry_after(retry_after_ms);
-        error.reason = reason;
+        error.0.reason = reason;
         error
     }
 
@@ -218,7 +221,7 @@ impl ApiError {
             FailureCode::WorkerFailed => {
                 let why = "The worker that ran your request failed. Nothing was charged. Try again.";
                 let mut error = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "server_error", why);
-                error.reason = "worker_failed";
+                error.0.reason = "worker_failed";
                 error
             }
             FailureCode::DeadlineExceeded => Self::unavailable(
@@ -235,46 +238,47 @@ impl ApiError {
                 let why = "The answer was read too slowly and its buffer overflowed. The stream was cut.";
                 let status = StatusCode::SERVICE_UNAVAILABLE;
                 let mut error = Self::new(status, "service_unavailable", "slow_consumer", why);
-                error.never_retry = true;
+                error.0.never_retry = true;
                 error
             }
         }
     }
 
     pub fn status(&self) -> StatusCode {
-        self.status
+        self.0.status
     }
 
     /// A bounded set of words, for metrics.
     pub fn reason(&self) -> &'static str {
-        self.reason
+        self.0.reason
     }
 
     #[cfg(test)]
     pub(super) fn code(&self) -> Option<&'static str> {
-        self.code
+        self.0.code
     }
 
     #[cfg(test)]
     pub(super) fn param(&self) -> Option<&str> {
-        self.param.as_deref()
+        self.0.param.as_deref()
     }
 
     #[cfg(test)]
     pub(super) fn message(&self) -> &str {
-        &self.message
+        &self.0.message
     }
 
     /// `{"error": {…}}`, also what a stream that has begun ends with.
     pub fn json(&self) -> Vec<u8> {
-        let error = Body { message: &self.message, kind: self.kind, param: self.param.as_deref(), code: self.code };
+        let error =
+            Body { message: &self.0.message, kind: self.0.kind, param: self.0.param.as_deref(), code: self.0.code };
         serde_json::to_vec(&Envelope { error }).expect("strings serialise")
     }
 }
 
 impl std::fmt::Display for ApiError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {}: {}", self.status.as_u16(), self.reason, self.message)
+        write!(f, "{} {}: {}", self.0.status.as_u16(), self.0.reason, self.0.message)
     }
 }
 
@@ -282,23 +286,23 @@ impl std::error::Error for ApiError {}
 
 impl ResponseError for ApiError {
     fn status_code(&self) -> StatusCode {
-        self.status
+        self.0.status
     }
 
     fn error_response(&self) -> HttpResponse<BoxBody> {
-        let mut answer = HttpResponseBuilder::new(self.status);
+        let mut answer = HttpResponseBuilder::new(self.0.status);
         answer.content_type("application/json");
-        if let Some(ms) = self.retry_after_ms {
+        if let Some(ms) = self.0.retry_after_ms {
             answer.insert_header((header::RETRY_AFTER, ms.div_ceil(1000).max(1).to_string()));
             answer.insert_header(("retry-after-ms", ms.to_string()));
         }
-        if self.never_retry {
+        if self.0.never_retry {
             answer.insert_header(("x-should-retry", "false"));
         }
-        if let Some(allow) = self.allow {
+        if let Some(allow) = self.0.allow {
             answer.insert_header((header::ALLOW, allow));
         }
-        if self.close {
+        if self.0.close {
             // The rest of the body, if there is one, is not worth reading.
             answer.force_close();
         }

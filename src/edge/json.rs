@@ -138,7 +138,7 @@ mod tests {
             ("{} x", "trailing characters"),
             (r#"{"a":1,"b":2,"a":3}"#, "duplicate key `a` at line 1 column 16"),
             (r#"{"a":{"b":1,"b":1}}"#, "duplicate key `b`"),
-            (r#""\ud800""#, "surrogate"),
+            (r#""\ud800""#, "hex escape"),
             ("[1e999]", "number out of range"),
             ("[NaN]", "line 1 column 2"),
             (deep.as_str(), "recursion limit"),

@@ -1,7 +1,7 @@
 //! What the handlers of one edge share, and the requests that it has open.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -74,6 +74,8 @@ pub(super) struct EdgeState {
     pub settings: config::Edge,
     pub models: BTreeMap<ModelId, ServedModel>,
     pub pool: PromptPool,
+    /// Models whose template has no place for a message's name.
+    nameless: BTreeSet<ModelId>,
     pub price_version: String,
     pub wait_max: Duration,
     pub admission: Admission,
@@ -94,11 +96,14 @@ impl EdgeState {
     /// Must be called inside an actix system, where the prompt pool starts.
     pub(super) fn start(spec: EdgeSpec) -> Self {
         let EdgeSpec { settings, models, prompts, price_version, wait_max, .. } = spec;
+        let nameless = prompts.iter().filter(|(_, prompt)| !prompt.template.knows_names());
+        let nameless = nameless.map(|(model, _)| model.clone()).collect();
         let pool = PromptPool::start(Arc::new(prompts), settings.prompt_threads, settings.prompt_queue_max);
         Self {
             settings,
             models,
             pool,
+            nameless,
             price_version,
             wait_max,
             admission: spec.admission,
@@ -117,6 +122,11 @@ impl EdgeState {
 
     pub(super) fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Whether a message's name reaches the model.
+    pub(super) fn knows_names(&self, model: &ModelId) -> bool {
+        !self.nameless.contains(model)
     }
 
     /// From now on, new requests are refused.

@@ -242,8 +242,16 @@ impl Ledger {
             }
             let counts = self.store.query_all(&question).await?;
             for (tenant, count) in round.iter().zip(counts) {
-                if count != redis::Value::Int(0) {
-                    swept += self.sweep_tenant(tenant).await?;
+                if count == redis::Value::Int(0) {
+                    continue;
+                }
+                match self.sweep_tenant(tenant).await {
+                    Ok(released) => swept += released,
+                    // One damaged account must not keep the holds of all others.
+                    Err(LedgerError::Store(StoreError::Damaged(fault))) => {
+                        tracing::error!(%tenant, fault, "cannot release expired holds");
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         }

@@ -15,8 +15,9 @@ use super::{Function, StoreError, Subscription, functions};
 /// Pause between attempts to reconnect. Small against a lease, so that owners return in time to renew.
 const RECONNECT_DELAY_MIN: Duration = Duration::from_millis(50);
 const RECONNECT_DELAY_MAX: Duration = Duration::from_secs(1);
-/// Attempts of one round; the next command after a failed round starts another.
-const RECONNECT_ATTEMPTS: usize = 6;
+/// Further attempts of one round; the next command after a failed round starts another. Few, because commands
+/// wait for the round: a short absence is waited out, a longer one refuses requests at once.
+const RECONNECT_ATTEMPTS: usize = 2;
 
 /// A shared, multiplexed, reconnecting connection. Cheap to clone, usable from any tokio runtime.
 #[derive(Clone)]
@@ -24,8 +25,8 @@ pub struct Store {
     client: Client,
     connection: ConnectionManager,
     command_timeout: Duration,
-    /// Since when every command has been answered; `None` while the server is away.
-    reachable_since: Arc<Mutex<Option<Instant>>>,
+    /// Since when the server has served without a gap; `None` while it does not.
+    serving_since: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Store {
@@ -53,7 +54,7 @@ impl Store {
             .set_max_delay(RECONNECT_DELAY_MAX)
             .set_number_of_retries(RECONNECT_ATTEMPTS);
         let connection = ConnectionManager::new_lazy_with_config(client.clone(), config).map_err(classify)?;
-        let store = Self { client, connection, command_timeout, reachable_since: Arc::default() };
+        let store = Self { client, connection, command_timeout, serving_since: Arc::default() };
         store.load_functions().await?;
         Ok(store)
     }
@@ -62,11 +63,11 @@ impl Store {
         self.query::<String>(&redis::cmd("PING")).await.map(drop)
     }
 
-    /// How long the server has answered without a gap, as this process saw it. Whoever takes away what
-    /// others failed to renew waits for a lease's time after this began, because an outage kept them from
-    /// renewing as well.
+    /// How long the server has served without a gap, as this process saw it. Whoever takes away what others
+    /// failed to renew waits for a lease's time after this began, because an outage kept them from renewing
+    /// as well.
     pub fn connected_for(&self) -> Duration {
-        self.reachable_since.lock().map_or(Duration::ZERO, |since| since.elapsed())
+        self.serving_since.lock().map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     /// The store's clock. All leases and deadlines are measured by it, never by a node's own clock.
@@ -109,17 +110,21 @@ impl Store {
 
     pub(crate) async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, StoreError> {
         let mut connection = self.connection.clone();
-        let answer = self.within_limit(async move { connection.send_packed_command(command).await }).await?;
-        from_value(answer)
+        // An error that the server answers with arrives as a value like any other.
+        let answer =
+            self.within_limit(async move { connection.send_packed_command(command).await?.extract_error() }).await?;
+        T::from_redis_value(answer).map_err(|error| StoreError::Damaged(format!("unexpected answer: {error}")))
     }
 
     /// Several commands in one round trip; not a transaction.
     pub(crate) async fn query_all(&self, commands: &redis::Pipeline) -> Result<Vec<Value>, StoreError> {
         let mut connection = self.connection.clone();
         let count = commands.cmd_iter().count();
-        let answers =
-            self.within_limit(async move { connection.send_packed_commands(commands, 0, count).await }).await?;
-        answers.into_iter().map(|answer| answer.extract_error().map_err(classify)).collect()
+        self.within_limit(async move {
+            let answers = connection.send_packed_commands(commands, 0, count).await?;
+            answers.into_iter().map(Value::extract_error).collect()
+        })
+        .await
     }
 
     async fn load_functions(&self) -> Result<(), StoreError> {
@@ -134,9 +139,9 @@ impl Store {
             Ok(outcome) => outcome.map_err(classify),
             Err(_) => Err(StoreError::TimedOut(self.command_timeout.as_millis())),
         };
-        let mut since = self.reachable_since.lock();
+        let mut since = self.serving_since.lock();
         match &outcome {
-            Err(StoreError::Unreachable(_) | StoreError::TimedOut(_)) => *since = None,
+            Err(error) if keeps_everyone_from_writing(error) => *since = None,
             _ => {
                 since.get_or_insert_with(Instant::now);
             }
@@ -155,11 +160,6 @@ fn open_client(url: &str, command_timeout: Duration) -> RedisResult<Client> {
     Client::open(info.set_tcp_settings(tcp))
 }
 
-fn from_value<T: FromRedisValue>(value: Value) -> Result<T, StoreError> {
-    let value = value.extract_error().map_err(classify)?;
-    T::from_redis_value(value).map_err(|error| StoreError::Damaged(format!("unexpected answer: {error}")))
-}
-
 fn classify(error: RedisError) -> StoreError {
     match error.kind() {
         _ if error.code() == Some("DAMAGED") => {
@@ -168,6 +168,28 @@ fn classify(error: RedisError) -> StoreError {
         _ if error.is_timeout() => StoreError::Unreachable(error),
         ErrorKind::Io | ErrorKind::ClusterConnectionNotFound => StoreError::Unreachable(error),
         _ => StoreError::Refused(error),
+    }
+}
+
+/// Whether this failure is one of the server, and not of the command: then others fail to renew too.
+fn keeps_everyone_from_writing(error: &StoreError) -> bool {
+    match error {
+        StoreError::Unreachable(_) | StoreError::TimedOut(_) => true,
+        StoreError::Refused(error) => matches!(
+            error.code(),
+            Some(
+                "LOADING"
+                    | "READONLY"
+                    | "MASTERDOWN"
+                    | "CLUSTERDOWN"
+                    | "OOM"
+                    | "MISCONF"
+                    | "NOREPLICAS"
+                    | "BUSY"
+                    | "TRYAGAIN"
+            )
+        ),
+        _ => false,
     }
 }
 

@@ -276,7 +276,8 @@ async fn a_silent_stream_is_kept_alive_by_comments_that_change_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn thirty_two_streams_at_once_each_get_their_own_tokens() {
-    let front = Front::with(settings(), 64, 1_000_000_000).await;
+    let roomy = lightcone::config::Edge { prompt_queue_max: 32, ..settings() };
+    let front = Front::with(roomy, 64, 1_000_000_000).await;
     let waiting: Vec<_> = (0..32)
         .map(|i| {
             let body = json!({ "stream": true, "messages": [{ "role": "user", "content": format!("I am {i}.") }] });
@@ -363,4 +364,26 @@ async fn models_are_listed_and_found_on_both_paths() {
         let unknown = front.get(&format!("{path}/some/body")).send().await.unwrap();
         assert_error(unknown, 404, "model_not_found", Some("model"), path).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn holds_of_open_requests_are_renewed_and_those_of_closed_ones_are_not() {
+    let front = Front::with_renewal(Duration::from_millis(30)).await;
+    let waiting = front.asking(&hello());
+    let claim = front.claim().await;
+    front.house.let_lease_run_out(&claim.job.request).await;
+    front.lease_is_renewed(&claim.job.request).await;
+    front.answer(&claim, &["ok"], FinishReason::Stop).await;
+    assert_eq!(waiting.await.unwrap().status(), 200);
+    assert_eq!(front.edge.as_ref().unwrap().open_requests(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_whole_answer_that_takes_too_long_is_given_up() {
+    let mut front = Front::with(lightcone::config::Edge { request_ms_max: 50, ..settings() }, 8, 1_000_000_000).await;
+    let waiting = front.asking(&hello());
+    let claim = front.claim().await;
+    let _ = front.deliver(&claim, 0, vec![EventBody::Accepted]);
+    assert_error(waiting.await.unwrap(), 503, "service_unavailable", None, "too slow").await;
+    assert_eq!(front.cancellations.next().await, std::slice::from_ref(&claim.job.request));
 }

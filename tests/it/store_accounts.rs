@@ -220,7 +220,7 @@ async fn no_secret_is_ever_written_to_the_store() {
         } else if kind.is_file() {
             let text = fs::read(&path).unwrap();
             searched += text.len();
-            let secret = house.secret[11..].as_bytes();
+            let secret = &house.secret.as_bytes()[11..];
             assert!(!text.windows(secret.len()).any(|window| window == secret), "{}", path.display());
         }
     }

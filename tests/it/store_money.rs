@@ -279,6 +279,25 @@ async fn a_damaged_account_is_an_error_and_never_zero() {
     }
 }
 
+#[tokio::test]
+async fn a_damaged_account_does_not_keep_the_expired_holds_of_others() {
+    let house = House::with_balance(1_000_000).await;
+    let broken = house.another(1_000_000).await;
+    let _theirs = house.admission.admit(&broken, ask(10, 10)).await.unwrap();
+    let _ours = house.admit(10, 10).await.unwrap();
+    let mut raw = house.valkey.raw().await;
+    for tenant in [&broken.tenant, &house.tenant] {
+        for request in house.ledger.entries(tenant, 1, 10).await.unwrap() {
+            let lapsed = redis::cmd("ZADD").arg(keys::hold_leases(tenant)).arg(1).arg(request.request).to_owned();
+            lapsed.exec_async(&mut raw).await.unwrap();
+        }
+    }
+    redis::cmd("HDEL").arg(keys::account(&broken.tenant)).arg("held").exec_async(&mut raw).await.unwrap();
+    let sweeper = Ledger::new(house.store.clone(), Duration::from_millis(1));
+    assert_eq!(sweeper.sweep_expired_holds().await.unwrap(), 1);
+    assert_eq!(house.balance().await.held, NanoUsd::ZERO);
+}
+
 /// What a tenant's account should be, kept in the plainest way.
 #[derive(Default)]
 struct Twin {

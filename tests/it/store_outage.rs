@@ -12,6 +12,8 @@ use lightcone::{
 use crate::support::house::{House, LEASE, ask, settlement};
 
 const COMMAND_MAX: Duration = Duration::from_millis(1_000);
+/// Far beyond what three commands take, also on a machine that is busy with other things.
+const BOUND: Duration = Duration::from_secs(15);
 
 /// Asks until the store answers again, as every part of the house does in its own way.
 async fn until_it_answers(store: &Store) {
@@ -39,7 +41,7 @@ async fn while_the_store_is_away_everything_is_refused_in_bounded_time() {
         assert!(matches!(refused, Err(AuthError::Store(_))), "{refused:?}");
         let refused = ledger.settle(&settlement(&admitted, 1)).await;
         assert!(matches!(&refused, Err(LedgerError::Store(error)) if error.is_transient()), "{refused:?}");
-        assert!(started.elapsed() < 4 * COMMAND_MAX);
+        assert!(started.elapsed() < BOUND);
     }
     assert_eq!(store.connected_for(), Duration::ZERO);
     let refused = Store::connect(&house.valkey.url(), COMMAND_MAX).await.map(drop);
@@ -77,22 +79,44 @@ async fn nobody_sweeps_within_a_lease_of_an_outage_so_that_owners_can_renew() {
         assert!(ledger.sweep_expired_holds().await.is_err());
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    let back = Instant::now();
     house.valkey.restart();
     until_it_answers(&store).await;
-    let back = Instant::now();
     assert_eq!(ledger.sweep_expired_holds().await.unwrap(), 0);
     assert_eq!(queue.expired(&"m".into()).await.unwrap(), []);
     let owner = [(house.tenant.clone(), owned.request().clone())];
     ledger.renew_holds(&owner).await.unwrap();
     while ledger.sweep_expired_holds().await.unwrap() == 0 {
-        assert!(back.elapsed() < 4 * lease, "the abandoned hold was never swept");
+        assert!(back.elapsed() < BOUND, "the abandoned hold was never swept");
         ledger.renew_holds(&owner).await.unwrap();
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    assert!(back.elapsed() >= lease - Duration::from_millis(200), "swept {:?} after the outage", back.elapsed());
+    assert!(back.elapsed() >= lease, "swept {:?} after the outage", back.elapsed());
     assert!(!ledger.settle(&settlement(&owned, 4)).await.unwrap().repeated);
     assert!(matches!(ledger.settle(&settlement(&abandoned, 4)).await, Err(LedgerError::HoldExpired(_))));
     assert!(ledger.verify().await.unwrap().is_balanced());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_a_frozen_store_ran_late_leaves_sound_books() {
+    let house = House::with_balance(1_000_000).await;
+    let impatient = Duration::from_millis(200);
+    let store = Store::connect(&house.valkey.url(), impatient).await.unwrap();
+    let (admission, ledger) = (Admission::new(store.clone(), LEASE), Ledger::new(store.clone(), LEASE));
+    let admitted = admission.admit(&house.principal, ask(10, 10)).await.unwrap();
+    let bill = settlement(&admitted, 4);
+    house.valkey.freeze();
+    let started = Instant::now();
+    assert!(matches!(admission.admit(&house.principal, ask(10, 10)).await, Err(AdmitError::Store(_))));
+    assert!(matches!(ledger.settle(&bill).await, Err(LedgerError::Store(_))));
+    assert!(started.elapsed() < BOUND);
+    house.valkey.thaw();
+    until_it_answers(&store).await;
+    assert!(store.connected_for() < started.elapsed() - 2 * impatient);
+    // Whether the first try took effect or not: the second says what was charged, and it was charged once.
+    assert_eq!(ledger.settle(&bill).await.unwrap().amount.nano(), 3_200);
+    assert_eq!(house.balance().await.charged.nano(), 3_200);
+    house.assert_balanced().await;
 }
 
 #[tokio::test]
@@ -116,6 +140,8 @@ async fn a_store_out_of_memory_refuses_and_stays_sound() {
     assert!(matches!(refused, Err(AdmitError::Store(StoreError::Refused(_)))), "{refused:?}");
     let refused = house.ledger.settle(&settlement(&admitted, 1)).await;
     assert!(matches!(refused, Err(LedgerError::Store(StoreError::Refused(_)))), "{refused:?}");
+    // Owners could not renew either.
+    assert_eq!(house.store.connected_for(), Duration::ZERO);
     redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg(0).exec_async(&mut raw).await.unwrap();
     house.assert_balanced().await;
     house.ledger.settle(&settlement(&admitted, 1)).await.unwrap();
@@ -134,6 +160,6 @@ async fn a_wrong_address_is_one_clear_line() {
         let error = Store::connect(address, COMMAND_MAX).await.map(drop).unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, StoreError::Connect { .. }) && error.is_transient(), "{error}");
-        assert!(started.elapsed() < COMMAND_MAX && !text.contains('\n') && !text.contains("secret"), "{text}");
+        assert!(started.elapsed() < BOUND && !text.contains('\n') && !text.contains("secret"), "{text}");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    slice::from_ref,
     time::Duration,
 };
 
@@ -193,9 +194,9 @@ async fn only_the_owner_of_the_attempt_may_renew_or_acknowledge() {
     queue.claim(&model(), &me, 1).await.unwrap();
     for (owner, attempt) in [(&other, 1), (&me, 0), (&me, 2)] {
         let lost = queue.renew(&model(), owner, &[(request.clone(), attempt)]).await.unwrap();
-        assert_eq!(lost, [request.clone()]);
+        assert_eq!(lost, from_ref(&request));
         assert!(!queue.acknowledge(&model(), owner, &request, attempt, 1).await.unwrap());
-        assert_eq!(queue.give_back(&model(), owner, &[(request.clone(), attempt)]).await.unwrap(), [request.clone()]);
+        assert_eq!(queue.give_back(&model(), owner, &[(request.clone(), attempt)]).await.unwrap(), from_ref(&request));
     }
     assert_eq!(queue.renew(&model(), &me, &[(request.clone(), 1)]).await.unwrap(), []);
     assert!(queue.acknowledge(&model(), &me, &request, 1, 1).await.unwrap());
@@ -210,9 +211,9 @@ async fn a_zombie_that_wakes_after_its_lease_can_do_nothing() {
     let request = publish(&queue, &job("a", 5)).await;
     queue.claim(&model(), &zombie, 1).await.unwrap();
     let expired = until_claims_may_expire(&queue).await;
-    assert_eq!(requests(&expired), [request.clone()]);
+    assert_eq!(requests(&expired), from_ref(&request));
     assert_eq!((&expired[0].owner, expired[0].attempt), (&zombie, 1));
-    assert_eq!(queue.renew(&model(), &zombie, &[(request.clone(), 1)]).await.unwrap(), [request.clone()]);
+    assert_eq!(queue.renew(&model(), &zombie, &[(request.clone(), 1)]).await.unwrap(), from_ref(&request));
     assert!(!queue.acknowledge(&model(), &zombie, &request, 1, 5).await.unwrap());
     assert_eq!(queue.expired(&model()).await.unwrap(), []);
 }

@@ -9,7 +9,7 @@ use lightcone::{
         Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceBook, RequestId, TokenEvent, Usage,
     },
     edge::{self, EdgeHandle, EdgeSpec, ServedModel},
-    ledger::{ReleaseReason, Settlement},
+    ledger::{Ledger, ReleaseReason, Settlement},
     prompt::{Encoder, PromptError, PromptModel, Template},
     queue::{Queue, QueueLimits, ReplyHub, WorkerLink, reply::Cancellations},
     telemetry::Metrics,
@@ -70,6 +70,15 @@ impl Front {
     }
 
     pub async fn with(settings: config::Edge, depth_max: usize, balance: i64) -> Self {
+        Self::furnish(settings, depth_max, balance, LEASE).await
+    }
+
+    /// An edge that renews its holds every third of `lease`.
+    pub async fn with_renewal(lease: Duration) -> Self {
+        Self::furnish(settings(), 8, 1_000_000_000, lease).await
+    }
+
+    async fn furnish(settings: config::Edge, depth_max: usize, balance: i64, hold_lease: Duration) -> Self {
         let house = House::with_balance(balance).await;
         let queue = Queue::new(house.store.clone(), QueueLimits { depth_max, claim_lease: LEASE });
         let metrics = Arc::new(Metrics::new());
@@ -95,7 +104,7 @@ impl Front {
             price_version: book.version,
             wait_max: Duration::from_secs(60),
             admission: house.admission.clone(),
-            ledger: house.ledger.clone(),
+            ledger: Ledger::new(house.store.clone(), hold_lease),
             queue: queue.clone(),
             hub: hub.clone(),
             metrics: metrics.clone(),
@@ -202,6 +211,21 @@ impl Front {
 
     pub async fn depth(&self) -> usize {
         self.queue.depth(&MODEL.into()).await.expect("a depth")
+    }
+
+    /// Waits until a lease that had run out (it stood at 1) has been renewed.
+    pub async fn lease_is_renewed(&self, request: &RequestId) {
+        let key = lightcone::store::keys::hold_leases(&self.house.tenant);
+        let mut raw = self.house.valkey.raw().await;
+        for _ in 0..2_000 {
+            let mut score = redis::cmd("ZSCORE");
+            let until: Option<f64> = score.arg(&key).arg(request.as_str()).query_async(&mut raw).await.expect("ZSCORE");
+            if until.expect("the hold is there") > 1.0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("nobody renewed the hold");
     }
 
     /// Waits until nothing is on hold any more.

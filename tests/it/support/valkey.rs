@@ -55,6 +55,21 @@ impl Valkey {
         }
     }
 
+    /// Stops the server in its tracks: connections stay open and nothing answers.
+    pub fn freeze(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    pub fn thaw(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    fn signal(&self, signal: i32) {
+        let child = self.child.as_ref().expect("the server runs");
+        // SAFETY: the child is ours and has not been waited for, so the number is still its own.
+        assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
+    }
+
     /// Starts the server, again if need be, on what it had written.
     pub fn restart(&mut self) {
         self.kill();

@@ -1,0 +1,78 @@
+//! Time of one engine step, without scheduling, sampling or the network: where tuning of the graph starts.
+//!
+//! `cargo run --release --example engine-step [-- DATA_DIR]`
+
+use std::{error::Error, path::PathBuf, time::Instant};
+
+use lightcone::{
+    engine::{
+        Batch, BatchSequence, Forward,
+        onnx::{OnnxModel, OnnxRuntime, RuntimeOptions},
+    },
+    model::ModelFile,
+};
+
+const CONTEXT: usize = 256;
+const BLOCK: usize = 16;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let data_dir = PathBuf::from(std::env::args().nth(1).unwrap_or_else(|| ".lightcone".into()));
+    let threads = std::thread::available_parallelism()?.get();
+    let library = OnnxRuntime::find_library("".as_ref(), &data_dir);
+    let runtime =
+        OnnxRuntime::start(RuntimeOptions { library, threads, spinning: true, providers: vec!["cpu".into()] })?;
+    let started = Instant::now();
+    let file = ModelFile::open(&data_dir.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))?;
+    let mut model = OnnxModel::load(&runtime, &file, 64 * CONTEXT / BLOCK, BLOCK, 2048)?;
+    println!("{threads} threads; loaded in {:.2} s", started.elapsed().as_secs_f64());
+
+    let tokens: Vec<u32> = (0..2048).map(|i| 100 + i * 37 % 40_000).collect();
+    for sequences in [1usize, 2, 4, 8, 16, 32] {
+        let ms = median(24, || step(&mut model, &tokens, sequences, CONTEXT - 1, 1))?;
+        println!(
+            "decode  {sequences:3} sequences at {CONTEXT} tokens: {ms:7.2} ms a step, {:6.0} tokens/s",
+            sequences as f64 / ms * 1e3
+        );
+    }
+    for rows in [16usize, 32, 64, 128, 256] {
+        let ms = median(8, || step(&mut model, &tokens, 1, 0, rows))?;
+        println!(
+            "prefill {rows:3} rows of one sequence:       {ms:7.2} ms a step, {:6.0} tokens/s",
+            rows as f64 / ms * 1e3
+        );
+    }
+    Ok(())
+}
+
+fn step(
+    model: &mut OnnxModel,
+    tokens: &[u32],
+    sequences: usize,
+    computed: usize,
+    rows: usize,
+) -> Result<(), Box<dyn Error>> {
+    let blocks: Vec<Vec<u32>> =
+        (0..sequences).map(|s| (0..CONTEXT / BLOCK).map(|b| (s * CONTEXT / BLOCK + b) as u32).collect()).collect();
+    let sequence = |s: usize| BatchSequence {
+        tokens: &tokens[..computed + rows],
+        prompt_tokens: computed,
+        computed,
+        rows,
+        blocks: &blocks[s],
+    };
+    model.forward(&Batch { sequences: (0..sequences).map(sequence).collect() })?;
+    Ok(())
+}
+
+/// Milliseconds.
+fn median(rounds: usize, mut run: impl FnMut() -> Result<(), Box<dyn Error>>) -> Result<f64, Box<dyn Error>> {
+    run()?;
+    let mut times = Vec::new();
+    for _ in 0..rounds {
+        let started = Instant::now();
+        run()?;
+        times.push(started.elapsed().as_secs_f64() * 1e3);
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[rounds / 2])
+}

@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Every test: fetches what they need, runs `cargo test`, then the client libraries against a node of its own.
+# Ends with `N passed, N failed` alone on a line; the exit code is 0 only when none failed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/common.sh
+
+TARGET=${CARGO_TARGET_DIR:-target}
+TOOLS=$TARGET/test-tools
+LOG=$TARGET/test-logs
+
+main() {
+    find_python
+    need_cargo
+    need_compiler
+    command -v node >/dev/null && command -v npm >/dev/null ||
+        fail "node and npm are needed for the client tests (on Debian: apt-get install nodejs npm)"
+    mkdir -p "$TOOLS" "$LOG"
+    scripts/fetch.sh
+    LIGHTCONE_TEST_DATA_DIR=$(cd "$DATA_DIR" && pwd)
+    export LIGHTCONE_TEST_DATA_DIR
+    find_redis_server
+    install_python_clients
+    install_node_clients
+
+    rust_status=0
+    cargo test --locked --no-fail-fast 2>&1 | tee "$LOG/cargo.log" || rust_status=$?
+    sdk_status=0
+    if [ -x "$TARGET/debug/lightcone" ]; then
+        PYTHONPATH=$python_clients "$PYTHON" tests/sdk/run.py --node "$TARGET/debug/lightcone" --fetched "$DATA_DIR" \
+            2>&1 | tee "$LOG/sdk.log" || sdk_status=$?
+    else
+        echo "sdk: 0 passed, 1 failed" | tee "$LOG/sdk.log"
+        sdk_status=1
+    fi
+    report
+}
+
+# The tests run against an ordinary Redis where one is to be had, and against the fetched Valkey otherwise.
+# Debian's redis-tools carries the server's program (redis-check-rdb is the same file, and serves when it is
+# called by the server's name) without starting a service on the user's machine, as redis-server would.
+find_redis_server() {
+    if [ -n "${LIGHTCONE_TEST_REDIS_SERVER:-}" ]; then
+        [ -x "$LIGHTCONE_TEST_REDIS_SERVER" ] || fail "LIGHTCONE_TEST_REDIS_SERVER is not a program: $LIGHTCONE_TEST_REDIS_SERVER"
+    elif command -v redis-server >/dev/null; then
+        LIGHTCONE_TEST_REDIS_SERVER=$(command -v redis-server)
+    elif redis_from_debian; then
+        ln -sf "$(command -v redis-check-rdb)" "$TOOLS/redis-server"
+        LIGHTCONE_TEST_REDIS_SERVER=$PWD/$TOOLS/redis-server
+    else
+        LIGHTCONE_TEST_REDIS_SERVER=$LIGHTCONE_TEST_DATA_DIR/bin/valkey-server
+        echo "no redis-server here, so the tests use the fetched Valkey (on Debian: apt-get install redis-server)"
+    fi
+    export LIGHTCONE_TEST_REDIS_SERVER
+    echo "Redis for the tests: $("$LIGHTCONE_TEST_REDIS_SERVER" --version)"
+}
+
+redis_from_debian() {
+    if ! command -v redis-check-rdb >/dev/null; then
+        [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
+        echo "installing Debian's redis-tools for the tests"
+        { apt_install redis-tools || { apt-get update -qq && apt_install redis-tools; }; } >"$LOG/apt.log" 2>&1 || return 1
+    fi
+    ln -sf "$(command -v redis-check-rdb)" "$TOOLS/redis-server" && "$TOOLS/redis-server" --version >/dev/null 2>&1
+}
+
+apt_install() {
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" </dev/null
+}
+
+# Into a folder of their own, named by what was asked for; no virtual environment is needed for that, and an
+# interrupted install is never taken for a whole one.
+install_python_clients() {
+    local version digest
+    version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    digest=$(sha256sum tests/sdk/requirements.txt | cut -c1-16)
+    python_clients=$PWD/$TOOLS/python-$version-$digest
+    [ -d "$python_clients" ] && return
+    echo "installing the Python clients"
+    rm -rf "$python_clients.unfinished"
+    PIP_REQUIRE_VIRTUALENV=0 PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+        --only-binary=:all: --target "$python_clients.unfinished" --requirement tests/sdk/requirements.txt </dev/null ||
+        fail "pip could not install tests/sdk/requirements.txt"
+    mv "$python_clients.unfinished" "$python_clients"
+}
+
+install_node_clients() {
+    local stamp=tests/sdk/node_modules/.installed digest
+    digest=$(sha256sum tests/sdk/package-lock.json | cut -c1-64)
+    [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ] && return
+    echo "installing the Node.js clients"
+    (cd tests/sdk && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null) ||
+        fail "npm could not install tests/sdk/package-lock.json"
+    echo "$digest" >"$stamp"
+}
+
+# Adds up both runners; a runner that failed without counting a failure counts as one.
+report() {
+    local counts passed failed
+    counts=$(awk -v rust="$rust_status" -v sdk="$sdk_status" '
+        FILENAME ~ /cargo.log$/ && /^test result:/ { passed += $4; failed += $6; rust_failed += $6 }
+        FILENAME ~ /sdk.log$/ && /^sdk: / { passed += $2; failed += $4; sdk_failed += $4; sdk_seen = 1 }
+        END {
+            if (rust != 0 && rust_failed == 0) failed++
+            if ((sdk != 0 || !sdk_seen) && sdk_failed == 0) failed++
+            print passed + 0, failed + 0
+        }' "$LOG/cargo.log" "$LOG/sdk.log")
+    read -r passed failed <<<"$counts"
+    echo "$passed passed, $failed failed"
+    [ "$failed" = 0 ] && [ "$passed" -gt 0 ]
+}
+
+main "$@"
