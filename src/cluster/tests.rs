@@ -10,6 +10,7 @@ use crate::{
     domain::{EventBody, Job, RequestId},
     engine::{self, Backend, EngineError, EngineSpec},
     model::ModelFile,
+    prompt::Tokenizer,
     queue::{QueueLimits, ReplyHub, ReplyStream},
     store::{
         Store,
@@ -28,6 +29,7 @@ struct Tree {
     metrics: Arc<Metrics>,
     cluster: Cluster,
     loads: Arc<AtomicU32>,
+    tokenizer: Tokenizer,
 }
 
 impl Tree {
@@ -39,6 +41,7 @@ impl Tree {
             .expect("the model's file: run `make test`, which fetches it");
         let program = std::env::var("LIGHTCONE_TEST_REDIS_SERVER").ok();
         let own = Some(data.join("bin/valkey-server")).filter(|own| own.is_file()).map(|own| own.display().to_string());
+        let tokenizer = Tokenizer::new(Arc::clone(&file.vocabulary)).unwrap();
         let folder = tempfile::tempdir().unwrap();
         let program = program.or(own).unwrap_or_default();
         let server = EmbeddedServer::start(folder.path(), &program, Fsync::Everysec).expect("a server");
@@ -87,13 +90,14 @@ impl Tree {
             }),
         };
         let cluster = Cluster::start(context, vec![spec]).await.unwrap();
-        Self { _folder: folder, server, queue, hub, metrics, cluster, loads }
+        Self { _folder: folder, server, queue, hub, metrics, cluster, loads, tokenizer }
     }
 
-    async fn ask(&self, request: &str, tokens: u32) -> ReplyStream {
+    async fn ask(&self, request: &str, prompt: &str, tokens: u32) -> ReplyStream {
         let stream = self.hub.open(&RequestId::from(request));
         let reply_to = self.hub.reply_to();
-        let job = Job { output_tokens_max: tokens, reply_to, ..job(request, "") };
+        let prompt = self.tokenizer.encode(prompt, false).unwrap();
+        let job = Job { prompt, output_tokens_max: tokens, reply_to, ..job(request, "") };
         self.queue.publish(&job).await.unwrap();
         stream
     }
@@ -132,13 +136,13 @@ fn was_lost(body: &EventBody) -> bool {
 async fn a_worker_actor_that_panics_fails_what_it_had_and_is_replaced() {
     let tree = Tree::start(|_| false).await;
     tree.cluster.ready().await.unwrap();
-    // Long enough that it cannot end before the panic; the engine is well and has to be stopped, too.
-    let mut stream = tree.ask("a", 250).await;
+    // The engine is well and has to be stopped, too.
+    let mut stream = tree.ask("a", "<<slow:50>>", 200).await;
     assert_eq!(stream.next().await.unwrap().body, EventBody::Accepted);
     tree.cluster.root.cast(RootMessage::Pool(0, PoolMessage::Worker(WorkerMessage::Panic))).unwrap();
     let end = last(stream).await;
-    assert!(was_lost(&end) || was_served(&end), "{end:?}");
-    let end = last(tree.ask("b", 3).await).await;
+    assert!(was_lost(&end), "{end:?}");
+    let end = last(tree.ask("b", "well", 3).await).await;
     assert!(was_served(&end), "{end:?}");
     assert_eq!((tree.restarts(), tree.loads.load(Ordering::SeqCst)), (1, 2));
     tree.stop().await;
@@ -149,9 +153,10 @@ async fn a_pool_actor_that_panics_is_replaced_with_its_worker() {
     let tree = Tree::start(|_| false).await;
     tree.cluster.ready().await.unwrap();
     tree.cluster.root.cast(RootMessage::Pool(0, PoolMessage::Panic)).unwrap();
-    let end = last(tree.ask("a", 3).await).await;
-    assert!(was_served(&end) || was_lost(&end), "{end:?}");
-    let end = last(tree.ask("b", 3).await).await;
+    while tree.loads.load(Ordering::SeqCst) < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let end = last(tree.ask("a", "well", 3).await).await;
     assert!(was_served(&end), "{end:?}");
     tree.stop().await;
 }
@@ -160,7 +165,7 @@ async fn a_pool_actor_that_panics_is_replaced_with_its_worker() {
 async fn a_load_that_fails_is_tried_again_and_the_queue_waits() {
     let tree = Tree::start(|attempt| attempt < 3).await;
     assert!(matches!(tree.cluster.ready().await, Err(ClusterError::Model { why, .. }) if why.contains("told to fail")));
-    let end = last(tree.ask("a", 3).await).await;
+    let end = last(tree.ask("a", "well", 3).await).await;
     assert!(was_served(&end), "{end:?}");
     assert_eq!((tree.restarts(), tree.loads.load(Ordering::SeqCst)), (3, 4));
     tree.stop().await;
