@@ -19,7 +19,7 @@ async fn until<F: Future<Output = bool>>(what: &str, mut look: impl FnMut() -> F
     tokio::time::timeout(SOON, all).await.unwrap_or_else(|_| panic!("{what}"));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_panic_in_flight_is_an_error_event_costs_nothing_and_the_worker_comes_back() {
     let home = Home::new("");
     let node = home.start(&[]);
@@ -43,7 +43,7 @@ async fn a_panic_in_flight_is_an_error_event_costs_nothing_and_the_worker_comes_
     assert!(!home.log_text().contains("stack backtrace"));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_freezes_is_replaced_and_its_requests_are_failed_free_of_charge() {
     let home = Home::new("");
     let node = home.start(&[]);
@@ -55,7 +55,7 @@ async fn a_worker_that_freezes_is_replaced_and_its_requests_are_failed_free_of_c
     assert_eq!(told.finish.as_deref(), Some("length"));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_fails_too_often_makes_the_node_unready_until_it_works_again() {
     let home = Home::new("");
     let node = home.start(&[]);
@@ -69,7 +69,7 @@ async fn a_model_that_fails_too_often_makes_the_node_unready_until_it_works_agai
     home.assert_settled(&[]);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_leaves_is_charged_for_what_was_decoded_and_no_more() {
     let home = Home::new("");
     let node = home.start(&[]);
@@ -82,7 +82,7 @@ async fn a_client_that_leaves_is_charged_for_what_was_decoded_and_no_more() {
     assert!(charged > 0 && charged < 400 * 300, "{money}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drain_lets_running_requests_end_and_leaves_no_process_behind() {
     let home = Home::new("");
     let mut node = home.start(&[]);
@@ -98,7 +98,7 @@ async fn a_drain_lets_running_requests_end_and_leaves_no_process_behind() {
     home.assert_settled(&[]);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drain_that_runs_out_of_time_fails_the_rest_free_of_charge() {
     let home = Home::new("");
     let mut node = home.start(&[]);
@@ -111,7 +111,7 @@ async fn a_drain_that_runs_out_of_time_fails_the_rest_free_of_charge() {
     assert_eq!(home.assert_settled(&[])["charged_nano_usd"], 0);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_node_leaves_no_process_and_no_hold_and_nothing_is_settled_twice() {
     let home = Home::new("");
     let node = home.start(&[]);
@@ -136,7 +136,7 @@ async fn a_killed_node_leaves_no_process_and_no_hold_and_nothing_is_settled_twic
     home.assert_settled(&[]);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_dies_in_mid_stream_is_restarted_and_the_request_is_settled() {
     let home = Home::new("[store]\nappend_fsync = \"always\"\n");
     let node = home.start(&[]);
@@ -153,7 +153,7 @@ async fn a_store_that_dies_in_mid_stream_is_restarted_and_the_request_is_settled
     assert_eq!(home.assert_settled(&[])["charged_nano_usd"], json!(price));
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_requests_than_the_worker_has_places_wait_and_are_all_served() {
     let home = Home::new("");
     let node = home.start(&[]);

@@ -31,7 +31,7 @@ impl Split {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_come_back_from_a_worker_of_another_process() {
     let split = Split::start();
     let _worker = split.worker();
@@ -46,7 +46,7 @@ async fn tokens_come_back_from_a_worker_of_another_process() {
     assert_eq!(split.charged(), 8 * price);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_is_killed_fails_its_streams_at_once_and_another_takes_over_the_queue() {
     let split = Split::start();
     let worker = split.worker();
@@ -61,7 +61,7 @@ async fn a_worker_that_is_killed_fails_its_streams_at_once_and_another_takes_ove
     assert_eq!(told.finish.as_deref(), Some("length"), "{told:?}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_is_frozen_fails_its_streams_and_settles_nothing_when_it_thaws() {
     let split = Split::start();
     let worker = split.worker();
@@ -79,7 +79,7 @@ async fn a_worker_that_is_frozen_fails_its_streams_and_settles_nothing_when_it_t
     assert_eq!(split.charged(), usage["prompt_tokens"].as_i64().unwrap() * 200 + 5 * 300);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_edge_that_is_killed_costs_its_clients_nothing() {
     let split = Split::start();
     let _worker = split.worker();
@@ -95,7 +95,7 @@ async fn an_edge_that_is_killed_costs_its_clients_nothing() {
     assert_eq!(told.finish.as_deref(), Some("length"), "{told:?}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_that_leaves_is_cancelled_at_a_worker_of_another_process() {
     let split = Split::start();
     let _worker = split.worker();

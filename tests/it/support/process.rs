@@ -174,7 +174,8 @@ impl Node {
         let request = self.http.post(format!("{}/v1/chat/completions", self.url)).bearer_auth(key);
         let response = request.header("content-type", "application/json").body(body.to_string()).send().await;
         let response = response.expect("an answer");
-        Answer { bytes: response.bytes_stream().boxed(), buffer: String::new() }
+        let stream = response.headers()["content-type"].as_bytes().starts_with(b"text/event-stream");
+        Answer { stream, bytes: response.bytes_stream().boxed(), buffer: String::new() }
     }
 
     pub async fn ready(&self) -> u16 {
@@ -194,6 +195,8 @@ type Bytes = futures::stream::BoxStream<'static, reqwest::Result<bytes::Bytes>>;
 
 /// A streamed answer, read as it comes.
 pub struct Answer {
+    /// Otherwise it is one JSON object, an error that was known before the stream began.
+    stream: bool,
     bytes: Bytes,
     buffer: String,
 }
@@ -213,6 +216,9 @@ impl Answer {
     /// The next `data:` line; `None` at the end.
     pub async fn next(&mut self) -> Option<String> {
         loop {
+            if !self.stream && self.buffer.ends_with('}') {
+                return Some(std::mem::take(&mut self.buffer));
+            }
             if let Some(end) = self.buffer.find("\n\n") {
                 let event: String = self.buffer.drain(..end + 2).collect();
                 match event.trim().strip_prefix("data: ") {
