@@ -2,9 +2,12 @@
 
 mod support;
 
+mod cluster_node;
+mod cluster_split;
 mod edge_chat;
 mod edge_prompt;
 mod edge_refusals;
+
 mod engine;
 mod store_accounts;
 mod store_money;
