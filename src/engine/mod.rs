@@ -15,6 +15,7 @@ mod planner;
 mod runner;
 mod sampler;
 mod scripted;
+mod simd;
 mod text;
 
 use std::sync::Arc;

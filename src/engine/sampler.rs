@@ -3,6 +3,7 @@
 //! A pure function of (logits, parameters, position): random numbers come from a counter, not from a
 //! state, so that a stream taken over by another worker goes on as it would have.
 
+use super::simd::{exp, multiversion};
 use crate::domain::SamplingParams;
 
 /// Chooses the token at `position` (counted in tokens from the prompt's first).
@@ -10,10 +11,9 @@ pub fn sample(logits: &[f32], params: &SamplingParams, position: usize, scratch:
     if params.temperature < 1e-5 || params.top_k == 1 {
         return argmax(logits);
     }
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weights = &mut scratch.weights;
-    weights.clear();
-    weights.extend(logits.iter().map(|x| ((x - largest) / params.temperature).exp()));
+    weights.resize(logits.len(), 0.0);
+    soften(logits, largest(logits), 1.0 / params.temperature, weights);
     let draw = uniform(params.seed, position as u64);
     let is_truncated = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
     if !is_truncated {
@@ -30,9 +30,23 @@ pub struct Scratch {
     candidates: Vec<(f32, u32)>,
 }
 
+multiversion! {
+    /// Weights relative to the largest, `e^((x - largest) * factor)`.
+    pub fn soften(logits: &[f32], largest: f32, factor: f32, weights: &mut [f32]) {
+        for (weight, x) in weights.iter_mut().zip(logits) {
+            *weight = exp::<FMA>((x - largest) * factor);
+        }
+    }
+}
+
 /// The first of the largest.
 fn argmax(logits: &[f32]) -> u32 {
     // In two passes that the compiler turns into vector code; comparing and remembering in one does not.
+    let largest = largest(logits);
+    logits.iter().position(|x| *x == largest).unwrap_or(0) as u32
+}
+
+fn largest(logits: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
     let (chunks, rest) = logits.as_chunks::<16>();
     for chunk in chunks {
@@ -40,8 +54,7 @@ fn argmax(logits: &[f32]) -> u32 {
             *lane = if *x > *lane { *x } else { *lane };
         }
     }
-    let largest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
-    logits.iter().position(|x| *x == largest).unwrap_or(0) as u32
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
 /// Token and weight of those that top-k, top-p and min-p leave, largest first.

@@ -169,6 +169,13 @@ impl Gguf {
         Ok(Self { map, metadata, tensors })
     }
 
+    /// Drops the file's pages from this process's memory; a later access reads them from the file again.
+    pub fn release_pages(&self) {
+        // SAFETY: the mapping is read-only and backed by the file, so no data is lost. A failure costs memory
+        // and nothing else.
+        let _ = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+    }
+
     pub fn tensor(&self, name: &str) -> Result<&TensorInfo, GgufError> {
         self.tensors.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_owned()))
     }

@@ -6,7 +6,8 @@
 
 use half::f16;
 
-use super::{kv::KvCache, simd::HAS_AVX2};
+use super::kv::KvCache;
+use crate::engine::simd::HAS_AVX2;
 
 /// Tokens between two updates of the running softmax; a multiple of every KV block's size below it.
 const GROUP: usize = 64;
@@ -97,7 +98,7 @@ mod avx2 {
     use std::arch::x86_64::*;
 
     use super::{GROUP, LANES, Pages};
-    use crate::engine::onnx::simd::exp;
+    use crate::engine::simd::exp;
 
     #[repr(align(32))]
     struct Weights<const Q: usize>([[f32; GROUP]; Q]);

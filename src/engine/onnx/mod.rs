@@ -13,28 +13,31 @@ pub mod reference;
 mod rotation;
 mod rows;
 mod runtime;
-pub(crate) mod simd;
+
 mod step;
 mod weights;
 
 use std::sync::Arc;
 
 use ort::{
-    session::{Session, builder::GraphOptimizationLevel},
+    session::{
+        Session,
+        builder::{GraphOptimizationLevel, SessionBuilder},
+    },
     value::{DynValue, Tensor, TensorRef},
 };
 use parking_lot::RwLock;
 
 pub use runtime::{OnnxRuntime, RuntimeOptions};
 
-use super::{Batch, EngineError, Forward};
+use super::{Batch, BatchSequence, EngineError, Forward};
 use crate::model::{GgufError, LlamaParams, ModelFile};
 use graph::{Dim, Graph};
 use kv::{KvCache, KvShape};
 use operators::Shared;
 use proto::DataType;
 use rotation::Rotation;
-use weights::Linear;
+use weights::{Linear, QuantType};
 
 /// Bytes that one KV block of `block_tokens` tokens takes.
 pub fn kv_block_bytes(params: &LlamaParams, block_tokens: usize) -> usize {
@@ -74,9 +77,12 @@ impl OnnxModel {
             angles: Shared::angles(params, context_tokens),
             hadamard_block: weights::ffn_hadamard(params),
         });
-        let linears = weights::load(file, &rotation)?;
-        let session = session(runtime, &shared, linears)?;
-        Ok(Self {
+        // See `simd::HAS_INT8_DOT` for why the type of the weights depends on the machine.
+        let ty = if *crate::engine::simd::HAS_INT8_DOT { QuantType::I8 } else { QuantType::U8 };
+        let linears = weights::load(file, &rotation, ty)?;
+        let (session, weights) = session(runtime, &shared, linears, ty)?;
+        file.gguf.release_pages();
+        let mut model = Self {
             session,
             shared,
             file: Arc::clone(file),
@@ -84,7 +90,37 @@ impl OnnxModel {
             embeddings: Vec::new(),
             scratch: Vec::new(),
             logits: None,
-        })
+        };
+        model.release(&weights)?;
+        Ok(model)
+    }
+
+    /// Gives the pages of the unpacked weights back to the system: ONNX Runtime computes on packed copies.
+    /// Where a kernel did not pack its weights it would now read zeros, so the same rows are computed before
+    /// and after, one alone and several together, and must have the same bits.
+    fn release(&mut self, weights: &[Pages]) -> Result<(), EngineError> {
+        let before = self.probe()?;
+        weights.iter().for_each(Pages::release);
+        if self.probe()? != before {
+            return Err(EngineError::Limits(
+                "this build of ONNX Runtime does not pack int8 weights, which the engine relies on".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Logits of a few fixed tokens, together and then one by one. Leaves nothing that a sequence could see:
+    /// blocks are written before they are read.
+    fn probe(&mut self) -> Result<Vec<f32>, EngineError> {
+        let vocabulary = self.vocabulary() as u32;
+        let tokens: Vec<u32> = (0..6).map(|i| (1000 + 77 * i) % vocabulary).collect();
+        let mut logits = Vec::new();
+        for (computed, rows) in [(0, 5), (5, 1)] {
+            let tokens = &tokens[..computed + rows];
+            let sequence = BatchSequence { tokens, prompt_tokens: tokens.len(), computed, rows, blocks: &[0] };
+            logits.extend_from_slice(self.forward(&Batch { sequences: vec![sequence] })?);
+        }
+        Ok(logits)
     }
 
     /// The rotated embedding of each row, straight from the file.
@@ -125,39 +161,69 @@ impl Forward for OnnxModel {
     }
 }
 
-fn session(runtime: &OnnxRuntime, shared: &Arc<Shared>, linears: Vec<Linear>) -> Result<Session, EngineError> {
-    let params = &shared.params;
-    // See `simd::HAS_INT8_DOT` for why the type of the weights depends on the machine.
-    let signed = *simd::HAS_INT8_DOT;
-    let graph = int8_graph(params, &linears, if signed { DataType::I8 } else { DataType::U8 });
+fn session(
+    runtime: &OnnxRuntime,
+    shared: &Arc<Shared>,
+    linears: Vec<Linear>,
+    ty: QuantType,
+) -> Result<(Session, Vec<Pages>), EngineError> {
+    let graph = int8_graph(&shared.params, &linears, ty);
+    let mut pages = Vec::with_capacity(linears.len());
     let mut builder = Session::builder(&runtime.environment)?
         .with_operators(operators::domain(shared)?)
         .and_then(|b| b.with_memory_pattern(false))
         .and_then(|b| b.with_optimization_level(GraphOptimizationLevel::Level1))
         .map_err(ort::Error::from)?;
     builder = providers::register(builder, &runtime.options.providers)?;
-    let add = |builder: ort::session::builder::SessionBuilder, name: &str, value: DynValue| {
+    let add = |builder: SessionBuilder, name: &str, value: DynValue| {
         builder.with_external_initializer(name, value).map_err(|e| EngineError::Onnx(e.into()))
     };
     builder = add(builder, "zero_point", Tensor::from_array(([1usize], vec![rows::ZERO_POINT]))?.into_dyn())?;
     for linear in linears {
         let shape = [linear.inputs, linear.outputs];
-        let weight = if signed {
-            // Flipping the top bit turns "unsigned around 128" into two's complement.
-            let signed = linear.quants.into_iter().map(|q| (q ^ 0x80).cast_signed()).collect::<Vec<i8>>();
-            Tensor::from_array((shape, signed))?.into_dyn()
-        } else {
-            Tensor::from_array((shape, linear.quants))?.into_dyn()
+        pages.push(Pages { data: linear.quants.as_ptr(), len: linear.quants.len() });
+        let weight = match ty {
+            QuantType::U8 => Tensor::from_array((shape, linear.quants))?.into_dyn(),
+            QuantType::I8 => Tensor::from_array((shape, into_signed(linear.quants)))?.into_dyn(),
         };
         builder = add(builder, &format!("{}.weight", linear.name), weight)?;
         let scales = Tensor::from_array(([linear.outputs], linear.scales))?.into_dyn();
         builder = add(builder, &format!("{}.scale", linear.name), scales)?;
     }
-    Ok(builder.commit_from_memory(&graph)?)
+    Ok((builder.commit_from_memory(&graph)?, pages))
+}
+
+/// The same bytes, read as two's complement.
+fn into_signed(bytes: Vec<u8>) -> Vec<i8> {
+    let mut bytes = std::mem::ManuallyDrop::new(bytes);
+    // SAFETY: u8 and i8 have the same size and alignment, and the original is not dropped.
+    unsafe { Vec::from_raw_parts(bytes.as_mut_ptr().cast(), bytes.len(), bytes.capacity()) }
+}
+
+/// Memory of one weight, owned by the session.
+struct Pages {
+    data: *const u8,
+    len: usize,
+}
+
+impl Pages {
+    /// Gives the whole pages within back to the system. They read as zeros from then on.
+    fn release(&self) {
+        const PAGE: usize = 4096;
+        let from = (self.data as usize).next_multiple_of(PAGE);
+        let to = (self.data as usize + self.len) / PAGE * PAGE;
+        if from < to {
+            // SAFETY: only pages wholly inside one live allocation, to which no Rust reference exists; their
+            // bytes stay mapped. That nobody needs what stood there is for the caller to prove. A failure
+            // costs memory and nothing else.
+            unsafe { libc::madvise(from as *mut libc::c_void, to - from, libc::MADV_DONTNEED) };
+        }
+    }
 }
 
 /// The graph of one step: `x` `[rows, width]`, the rotated embeddings, to `logits` `[sampled, vocabulary]`.
-fn int8_graph(params: &LlamaParams, linears: &[Linear], weight_type: DataType) -> Vec<u8> {
+fn int8_graph(params: &LlamaParams, linears: &[Linear], ty: QuantType) -> Vec<u8> {
+    let weight_type = if ty == QuantType::U8 { DataType::U8 } else { DataType::I8 };
     let mut g = Graph::default();
     g.input("x", DataType::F32, &[Dim::Named("rows"), Dim::Fixed(params.width)]);
     g.output("logits", DataType::F32, &[Dim::Named("sampled"), Dim::Fixed(params.vocabulary)]);
@@ -169,7 +235,7 @@ fn int8_graph(params: &LlamaParams, linears: &[Linear], weight_type: DataType) -
     let product = |g: &mut Graph, name: &str, input: &str| {
         let weight = format!("{name}.weight");
         let mut inputs = vec![input, &weight, "zero_point"];
-        if weight_type == DataType::U8 {
+        if ty == QuantType::U8 {
             inputs.push("zero_point");
         }
         g.node("MatMulInteger", &inputs, &[&format!("{name}.products")], vec![]);

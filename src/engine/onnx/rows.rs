@@ -1,10 +1,8 @@
 //! What happens to one row between two matrix products. Each result depends on its row alone, in a fixed
 //! order of operations: that is what makes answers independent of the batch.
 
-use super::{
-    rotation::hadamard,
-    simd::{exp, mul_add, multiversion},
-};
+use super::rotation::hadamard;
+use crate::engine::simd::{exp, mul_add, multiversion};
 
 /// Quantised rows are unsigned around this.
 pub const ZERO_POINT: u8 = 128;

@@ -18,18 +18,25 @@ fn head_hadamard(params: &LlamaParams) -> usize {
     power_of_two_divisor(params.head_size, 64)
 }
 
-/// One matrix, quantised per output channel. `weight[k][n] = (quants[k * outputs + n] - 128) * scales[n]`.
+/// One matrix, quantised per output channel: `weight[k][n] = quants[k * outputs + n] * scales[n]`.
 pub struct Linear {
     pub name: String,
     pub inputs: usize,
     pub outputs: usize,
-    /// Unsigned around 128.
+    /// Two's complement for `QuantType::I8`, around 128 for `QuantType::U8`.
     pub quants: Vec<u8>,
     pub scales: Vec<f32>,
 }
 
+/// How the bytes of a matrix are to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QuantType {
+    U8,
+    I8,
+}
+
 /// All matrices of the model, in the order of the graph.
-pub fn load(file: &ModelFile, rotation: &Rotation) -> Result<Vec<Linear>, GgufError> {
+pub fn load(file: &ModelFile, rotation: &Rotation, ty: QuantType) -> Result<Vec<Linear>, GgufError> {
     let layers = file.params.layers;
     let next = AtomicUsize::new(0);
     let done: Mutex<Vec<(usize, Result<Vec<Linear>, GgufError>)>> = Mutex::default();
@@ -42,9 +49,9 @@ pub fn load(file: &ModelFile, rotation: &Rotation) -> Result<Vec<Linear>, GgufEr
                     && n <= layers
                 {
                     let built = if n == 0 {
-                        head(file, rotation).map(|head| (layers, vec![head]))
+                        head(file, rotation, ty).map(|head| (layers, vec![head]))
                     } else {
-                        layer(file, rotation, n - 1).map(|linears| (n - 1, linears))
+                        layer(file, rotation, ty, n - 1).map(|linears| (n - 1, linears))
                     };
                     let (at, result) = match built {
                         Ok((at, linears)) => (at, Ok(linears)),
@@ -130,9 +137,10 @@ impl Dense {
         }
     }
 
-    fn quantize(self, name: String) -> Linear {
+    fn quantize(self, name: String, ty: QuantType) -> Linear {
         let Self { inputs, outputs, rows } = self;
-        let mut quants = vec![0u8; inputs * outputs];
+        let mut quants = vec![0; inputs * outputs];
+        let zero_point = if ty == QuantType::U8 { 128 } else { 0 };
         let mut scales = Vec::with_capacity(outputs);
         // A tile of channels at a time, so that the transposed writes stay in the cache.
         for (tile, rows) in rows.chunks(inputs * 64).enumerate() {
@@ -140,7 +148,7 @@ impl Dense {
             for row in rows.chunks_exact(inputs) {
                 let largest = row.iter().fold(0f32, |a, w| a.max(w.abs()));
                 let scale = largest.max(f32::MIN_POSITIVE * 127.0) / 127.0;
-                tile_quants.extend(row.iter().map(|w| ((w / scale).round() as i32 + 128) as u8));
+                tile_quants.extend(row.iter().map(|w| ((w / scale).round() as i32 + zero_point) as u8));
                 scales.push(scale);
             }
             let channels = rows.len() / inputs;
@@ -155,7 +163,7 @@ impl Dense {
     }
 }
 
-fn layer(file: &ModelFile, rotation: &Rotation, layer: usize) -> Result<Vec<Linear>, GgufError> {
+fn layer(file: &ModelFile, rotation: &Rotation, ty: QuantType, layer: usize) -> Result<Vec<Linear>, GgufError> {
     let p = &file.params;
     let tensor = |name: &str, inputs, outputs| dense(file, &format!("blk.{layer}.{name}.weight"), inputs, outputs);
     let attention_norm = norm(file, &format!("blk.{layer}.attn_norm.weight"))?;
@@ -182,16 +190,16 @@ fn layer(file: &ModelFile, rotation: &Rotation, layer: usize) -> Result<Vec<Line
 
     let name = |part: &str| format!("l{layer}.{part}");
     Ok(vec![
-        qkv.quantize(name("qkv")),
-        output.quantize(name("o")),
-        gate_up.quantize(name("gate_up")),
-        down.quantize(name("down")),
+        qkv.quantize(name("qkv"), ty),
+        output.quantize(name("o"), ty),
+        gate_up.quantize(name("gate_up"), ty),
+        down.quantize(name("down"), ty),
     ])
 }
 
-fn head(file: &ModelFile, rotation: &Rotation) -> Result<Linear, GgufError> {
+fn head(file: &ModelFile, rotation: &Rotation, ty: QuantType) -> Result<Linear, GgufError> {
     let p = &file.params;
     let mut head = dense(file, head_tensor(file), p.width, p.vocabulary)?;
     head.read_from_residual(&norm(file, "output_norm.weight")?, rotation);
-    Ok(head.quantize("head".into()))
+    Ok(head.quantize("head".into(), ty))
 }

@@ -69,7 +69,7 @@ macro_rules! multiversion {
                 fn vector($($arg: $ty),*) $(-> $ret)? {
                     body::<true>($($arg),*)
                 }
-                if *$crate::engine::onnx::simd::HAS_AVX2 {
+                if *$crate::engine::simd::HAS_AVX2 {
                     // SAFETY: the features were detected.
                     return unsafe { vector($($arg),*) };
                 }
