@@ -61,7 +61,7 @@ fn banner(node: &Node) -> String {
     };
     let model = &node.config().edge.default_model;
     format!(
-        "\nLightcone is ready.\n\n  URL     {url}/v1\n  Key     {key}{place}\n  Models  {models}\n\nTry it:\n\n\
+        "\nLightcone is ready.\n\n  URL     {url}\n  Key     {key}{place}\n  Models  {models}\n\nTry it:\n\n\
          curl -N {url}/v1/chat/completions \\\n  -H \"Authorization: Bearer {key}\" \\\n  \
          -H \"Content-Type: application/json\" \\\n  -d '{{\"model\": \"{model}\", \"stream\": true, \
          \"messages\": [{{\"role\": \"user\", \"content\": \"What is a light cone?\"}}]}}'\n\n"

@@ -7,7 +7,6 @@ mod cluster_split;
 mod edge_chat;
 mod edge_prompt;
 mod edge_refusals;
-
 mod engine;
 mod store_accounts;
 mod store_money;

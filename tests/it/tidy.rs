@@ -10,13 +10,14 @@ use std::{
 const FILE_LINES_MAX: usize = 700;
 
 /// Which rooms a room may name, besides itself. Arrows point down the house:
-/// main, node, {edge, cluster, operator}, {prompt, admission, queue, engine, ledger}, {store, telemetry, model},
+/// main, cli, node, {edge, cluster, operator}, {prompt, admission, queue, engine, ledger}, {store, telemetry, model},
 /// domain. The edge and the engine never meet. `config` is read above the third floor only; what lies below is
 /// given plain values.
-const ARROWS: [(&str, &[&str]); 16] = [
+const ARROWS: [(&str, &[&str]); 17] = [
     ("lib", &[]),
+    ("main", &["cli"]),
     (
-        "main",
+        "cli",
         &[
             "node",
             "config",
