@@ -61,7 +61,9 @@ async fn a_model_that_fails_too_often_makes_the_node_unready_until_it_works_agai
     let node = home.start(&[]);
     let key = home.key();
     for _ in 0..6 {
+        let begun = std::time::Instant::now();
         let told = node.ask(&key, "now <<panic:1>>", 5).await.rest().await;
+        assert!(begun.elapsed() < SOON, "the queue waited for a worker that was back");
         assert!(told.error.is_some(), "{told:?}");
     }
     until("the node says that it is not ready", || async { node.ready().await == 503 }).await;

@@ -125,6 +125,15 @@ impl Home {
     }
 }
 
+/// A test that fails shows what its nodes had to say.
+impl Drop for Home {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- log of the nodes ---\n{}", self.log_text());
+        }
+    }
+}
+
 /// A node. Killed when dropped.
 pub struct Node {
     child: Child,
