@@ -37,6 +37,8 @@ pub enum PoolMessage {
     CheckProgress,
     #[cfg(test)]
     Worker(WorkerMessage),
+    #[cfg(test)]
+    Panic,
 }
 
 pub struct PoolState {
@@ -83,6 +85,8 @@ impl Actor for Pool {
             PoolMessage::CheckProgress => state.check_progress(myself),
             #[cfg(test)]
             PoolMessage::Worker(message) => state.worker.as_ref().ok_or("no worker")?.cast(message)?,
+            #[cfg(test)]
+            PoolMessage::Panic => panic!("told to panic"),
         }
         Ok(())
     }

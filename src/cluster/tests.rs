@@ -1,1 +1,172 @@
+//! The tree under failure: a real store, a real (scripted) engine, and actors that are told to panic.
 
+use std::{
+    path::Path,
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use super::{pool::PoolMessage, root::RootMessage, testing::job, worker::WorkerMessage, *};
+use crate::{
+    domain::{EventBody, Job, RequestId},
+    engine::{self, Backend, EngineError, EngineSpec},
+    model::ModelFile,
+    prompt::Tokenizer,
+    queue::{QueueLimits, ReplyHub, ReplyStream},
+    store::{
+        Store,
+        embedded::{EmbeddedServer, Fsync},
+    },
+};
+
+const LEASE: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(20);
+
+struct Tree {
+    _folder: tempfile::TempDir,
+    server: EmbeddedServer,
+    queue: Queue,
+    hub: ReplyHub,
+    metrics: Arc<Metrics>,
+    cluster: Cluster,
+    loads: Arc<AtomicU32>,
+    tokenizer: Tokenizer,
+}
+
+impl Tree {
+    /// `refuse` says which attempts to load fail.
+    async fn start(refuse: fn(u32) -> bool) -> Self {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let data = std::env::var_os("LIGHTCONE_TEST_DATA_DIR").map_or(manifest.join(".lightcone"), Into::into);
+        let file = ModelFile::open(&data.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))
+            .expect("the model's file: run `make test`, which fetches it");
+        let program = std::env::var("LIGHTCONE_TEST_REDIS_SERVER").ok();
+        let own = Some(data.join("bin/valkey-server")).filter(|own| own.is_file()).map(|own| own.display().to_string());
+        let tokenizer = Tokenizer::new(Arc::clone(&file.vocabulary)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let program = program.or(own).unwrap_or_default();
+        let server = EmbeddedServer::start(folder.path(), &program, Fsync::Everysec).expect("a server");
+        let store = Store::connect(server.url(), Duration::from_secs(5)).await.unwrap();
+        let queue = Queue::new(store.clone(), QueueLimits { depth_max: 64, claim_lease: LEASE });
+        let (node, metrics) = (NodeId::generate(), Arc::new(Metrics::new()));
+        let hub = ReplyHub::new(node.clone(), 1024, None, Arc::clone(&metrics));
+        let (outlet, orders) = Outlet::new(node.clone(), Some(hub.clone()), None);
+        let model = ModelId::from("model");
+        let context = ClusterContext {
+            node,
+            queue: queue.clone(),
+            ledger: Ledger::new(store, LEASE),
+            outlet,
+            orders,
+            metrics: Arc::clone(&metrics),
+            claim_lease: LEASE,
+            sweep: Duration::from_secs(60),
+            models: vec![model.clone()],
+        };
+        let loads = Arc::new(AtomicU32::new(0));
+        let (counter, with) = (Arc::clone(&loads), Arc::clone(&metrics));
+        let spec = PoolSpec {
+            model: model.clone(),
+            sequences_max: 4,
+            stall_max: Duration::from_secs(60),
+            policy: RestartPolicy { delay_min: Duration::from_millis(5), ..RestartPolicy::default() },
+            loader: Arc::new(move |sink| {
+                if refuse(counter.fetch_add(1, Ordering::SeqCst)) {
+                    return Err(EngineError::Limits("told to fail".into()));
+                }
+                let (model, file) = (model.clone(), Arc::clone(&file));
+                let (context_tokens_max, sequences_max, step_tokens_max) = (256, 4, 64);
+                let (kv_block_tokens, kv_memory_bytes) = (16, 256 << 20);
+                let spec = EngineSpec {
+                    model,
+                    file,
+                    backend: Backend::Scripted,
+                    context_tokens_max,
+                    sequences_max,
+                    step_tokens_max,
+                    kv_block_tokens,
+                    kv_memory_bytes,
+                };
+                engine::spawn(spec, sink, Arc::clone(&with))
+            }),
+        };
+        let cluster = Cluster::start(context, vec![spec]).await.unwrap();
+        Self { _folder: folder, server, queue, hub, metrics, cluster, loads, tokenizer }
+    }
+
+    async fn ask(&self, request: &str, prompt: &str, tokens: u32) -> ReplyStream {
+        let stream = self.hub.open(&RequestId::from(request));
+        let reply_to = self.hub.reply_to();
+        let prompt = self.tokenizer.encode(prompt, false).unwrap();
+        let job = Job { prompt, output_tokens_max: tokens, reply_to, ..job(request, "") };
+        self.queue.publish(&job).await.unwrap();
+        stream
+    }
+
+    fn restarts(&self) -> u64 {
+        self.metrics.worker_restarts.with_label_values(&["model"]).get()
+    }
+
+    async fn stop(self) {
+        self.cluster.drain(Instant::now()).await;
+        self.server.stop();
+    }
+}
+
+async fn last(mut stream: ReplyStream) -> EventBody {
+    let all = async {
+        let mut last = None;
+        while let Some(event) = stream.next().await {
+            last = Some(event.body);
+        }
+        last.expect("a last event")
+    };
+    tokio::time::timeout(SOON, all).await.expect("the stream ends")
+}
+
+/// There is no hold for these requests, so that their settlement finds them free of charge.
+fn was_served(body: &EventBody) -> bool {
+    matches!(body, EventBody::Failed { message, .. } if message.contains("could not be settled"))
+}
+
+fn was_lost(body: &EventBody) -> bool {
+    matches!(body, EventBody::Failed { message, .. } if message == station::WORKER_LOST)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_actor_that_panics_fails_what_it_had_and_is_replaced() {
+    let tree = Tree::start(|_| false).await;
+    tree.cluster.ready().await.unwrap();
+    // The engine is well and has to be stopped, too.
+    let mut stream = tree.ask("a", "<<slow:50>>", 200).await;
+    assert_eq!(stream.next().await.unwrap().body, EventBody::Accepted);
+    tree.cluster.root.cast(RootMessage::Pool(0, PoolMessage::Worker(WorkerMessage::Panic))).unwrap();
+    let end = last(stream).await;
+    assert!(was_lost(&end), "{end:?}");
+    let end = last(tree.ask("b", "well", 3).await).await;
+    assert!(was_served(&end), "{end:?}");
+    assert_eq!((tree.restarts(), tree.loads.load(Ordering::SeqCst)), (1, 2));
+    tree.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_actor_that_panics_is_replaced_with_its_worker() {
+    let tree = Tree::start(|_| false).await;
+    tree.cluster.ready().await.unwrap();
+    tree.cluster.root.cast(RootMessage::Pool(0, PoolMessage::Panic)).unwrap();
+    while tree.loads.load(Ordering::SeqCst) < 2 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let end = last(tree.ask("a", "well", 3).await).await;
+    assert!(was_served(&end), "{end:?}");
+    tree.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_load_that_fails_is_tried_again_and_the_queue_waits() {
+    let tree = Tree::start(|attempt| attempt < 3).await;
+    assert!(matches!(tree.cluster.ready().await, Err(ClusterError::Model { why, .. }) if why.contains("told to fail")));
+    let end = last(tree.ask("a", "well", 3).await).await;
+    assert!(was_served(&end), "{end:?}");
+    assert_eq!((tree.restarts(), tree.loads.load(Ordering::SeqCst)), (3, 4));
+    tree.stop().await;
+}

@@ -114,17 +114,11 @@ fn options(config: &Config) -> RuntimeOptions {
     let spinning = match config.engine.spinning {
         Spinning::On => true,
         Spinning::Off => false,
-        // A thread that spins takes a core from whatever else wants to run on it.
-        Spinning::Auto => threads <= cores && is_quiet(cores),
+        // A thread that spins takes a core from whatever else wants to run on it, so more threads than
+        // cores would wait for each other.
+        Spinning::Auto => threads <= cores,
     };
     tracing::info!(threads, cores, spinning, "threads of ONNX Runtime");
     let library = OnnxRuntime::find_library(&config.engine.ort_library, &config.node.data_dir);
     RuntimeOptions { library, threads, spinning, providers: config.engine.providers.clone() }
-}
-
-/// Whether the machine was mostly idle in the last minute; unknown counts as busy.
-fn is_quiet(cores: usize) -> bool {
-    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    let load = text.split_whitespace().next().and_then(|load| load.parse::<f64>().ok());
-    load.is_some_and(|load| load < cores as f64 / 2.0)
 }

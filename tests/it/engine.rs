@@ -65,6 +65,20 @@ fn the_served_graph_is_as_good_as_the_dequantised_fp32_weights() {
     assert!((perplexity / expected - 1.0).abs() < 0.02, "perplexity {perplexity} against {expected}");
 }
 
+#[test]
+fn the_tokeniser_agrees_with_llama_cpp() {
+    let tokenizer = Tokenizer::new(Arc::clone(&model().vocabulary)).unwrap();
+    // What llama.cpp answers for this text and this file.
+    let text = "Hello wörld 1234 it's 3.14\n\n  tabs\t🦀 naïve";
+    let expected = [
+        19556, 267, 29989, 400, 216, 33, 34, 35, 36, 357, 506, 216, 35, 30, 33, 36, 8866, 29416, 197, 10813, 116, 218,
+        15486, 46494,
+    ];
+    assert_eq!(tokenizer.encode(text, false).unwrap(), expected);
+    assert_eq!(tokenizer.encode("<|im_end|>", true).unwrap(), [2]);
+    assert!(tokenizer.encode("<|im_end|>", false).unwrap().len() > 1);
+}
+
 /// A running engine and the events of its requests.
 struct Served {
     handle: EngineHandle,

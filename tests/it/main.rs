@@ -2,6 +2,8 @@
 
 mod support;
 
+mod cluster_node;
+mod cluster_split;
 mod edge_chat;
 mod edge_prompt;
 mod edge_refusals;

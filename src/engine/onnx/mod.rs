@@ -101,6 +101,7 @@ impl OnnxModel {
     fn release(&mut self, weights: &[Pages]) -> Result<(), EngineError> {
         let before = self.probe()?;
         weights.iter().for_each(Pages::release);
+        trim_heap();
         if self.probe()? != before {
             return Err(EngineError::Limits(
                 "this build of ONNX Runtime does not pack int8 weights, which the engine relies on".into(),
@@ -172,6 +173,8 @@ fn session(
     let mut builder = Session::builder(&runtime.environment)?
         .with_operators(operators::domain(shared)?)
         .and_then(|b| b.with_memory_pattern(false))
+        // Packed weights live as long as the session: outside the arena, which would round them up.
+        .and_then(|b| b.with_device_allocated_initializers())
         .and_then(|b| b.with_optimization_level(GraphOptimizationLevel::Level1))
         .map_err(ort::Error::from)?;
     builder = providers::register(builder, &runtime.options.providers)?;
@@ -218,6 +221,15 @@ impl Pages {
             // costs memory and nothing else.
             unsafe { libc::madvise(from as *mut libc::c_void, to - from, libc::MADV_DONTNEED) };
         }
+    }
+}
+
+/// Gives what loading freed back to the system.
+fn trim_heap() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: no preconditions.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
 

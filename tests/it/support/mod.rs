@@ -3,4 +3,5 @@
 pub mod front;
 pub mod house;
 pub mod model;
+pub mod process;
 pub mod valkey;

@@ -1,0 +1,169 @@
+//! One node of role `all`, as a process of its own, with a scripted model that fails on demand.
+
+use std::time::Duration;
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::json;
+
+use crate::support::process::{Home, SOON, is_alive};
+
+async fn until<F: Future<Output = bool>>(what: &str, mut look: impl FnMut() -> F) {
+    let all = async {
+        while !look().await {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(SOON, all).await.unwrap_or_else(|_| panic!("{what}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_panic_in_flight_is_an_error_event_costs_nothing_and_the_worker_comes_back() {
+    let home = Home::new("");
+    let node = home.start(&[]);
+    let key = home.key();
+    let mut bystander = node.ask(&key, "slowly <<slow:40>>", 200).await;
+    bystander.begun().await;
+    let told = node.ask(&key, "now <<panic:5>>", 50).await.rest().await;
+    assert!(told.error.is_some() && told.finish.is_none(), "{told:?}");
+    assert!(!told.error.unwrap().to_string().contains("scripted"), "the inside story is for the log");
+    let told = bystander.rest().await;
+    assert!(told.error.is_some(), "it shared the engine: {told:?}");
+    // Queued until the worker is back.
+    let told = node.ask(&key, "well", 8).await.rest().await;
+    assert_eq!((told.finish.as_deref(), told.done), (Some("length"), true), "{told:?}");
+    assert_eq!(told.usage.as_ref().map(|usage| &usage["completion_tokens"]), Some(&json!(8)));
+    let money = home.assert_settled(&[]);
+    let usage = told.usage.unwrap();
+    let price = usage["prompt_tokens"].as_i64().unwrap() * 200 + 8 * 300;
+    assert_eq!(money["charged_nano_usd"], json!(price), "only the last one was charged");
+    assert!(home.log_text().contains("starting another"));
+    assert!(!home.log_text().contains("stack backtrace"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_freezes_is_replaced_and_its_requests_are_failed_free_of_charge() {
+    let home = Home::new("");
+    let node = home.start(&[]);
+    let key = home.key();
+    let told = node.ask(&key, "now <<freeze:3>>", 50).await.rest().await;
+    assert!(told.error.is_some(), "{told:?}");
+    assert_eq!(home.assert_settled(&[])["charged_nano_usd"], 0);
+    let told = node.ask(&key, "well", 4).await.rest().await;
+    assert_eq!(told.finish.as_deref(), Some("length"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_that_fails_too_often_makes_the_node_unready_until_it_works_again() {
+    let home = Home::new("");
+    let node = home.start(&[]);
+    let key = home.key();
+    for _ in 0..6 {
+        let told = node.ask(&key, "now <<panic:1>>", 5).await.rest().await;
+        assert!(told.error.is_some(), "{told:?}");
+    }
+    until("the node says that it is not ready", || async { node.ready().await == 503 }).await;
+    until("the slow attempts go on", || async { node.ready().await == 200 }).await;
+    home.assert_settled(&[]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_leaves_is_charged_for_what_was_decoded_and_no_more() {
+    let home = Home::new("");
+    let node = home.start(&[]);
+    let key = home.key();
+    let mut answer = node.ask(&key, "slowly <<slow:20>>", 400).await;
+    answer.begun().await;
+    drop(answer);
+    let money = home.assert_settled(&[]);
+    let charged = money["charged_nano_usd"].as_i64().unwrap();
+    assert!(charged > 0 && charged < 400 * 300, "{money}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_lets_running_requests_end_and_leaves_no_process_behind() {
+    let home = Home::new("");
+    let mut node = home.start(&[]);
+    let (key, children) = (home.key(), node.children());
+    assert!(!children.is_empty());
+    let mut answer = node.ask(&key, "slowly <<slow:10>>", 60).await;
+    answer.begun().await;
+    node.signal(Signal::SIGTERM);
+    let told = answer.rest().await;
+    assert_eq!((told.finish.as_deref(), told.done), (Some("length"), true), "{told:?}");
+    assert_eq!(node.ended(), Some(0));
+    assert!(children.iter().all(|&child| !is_alive(child)));
+    home.assert_settled(&[]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_that_runs_out_of_time_fails_the_rest_free_of_charge() {
+    let home = Home::new("");
+    let mut node = home.start(&[]);
+    let mut answer = node.ask(&home.key(), "slowly <<slow:50>>", 500).await;
+    answer.begun().await;
+    node.signal(Signal::SIGTERM);
+    let told = answer.rest().await;
+    assert!(told.error.is_some(), "{told:?}");
+    assert_eq!(node.ended(), Some(0));
+    assert_eq!(home.assert_settled(&[])["charged_nano_usd"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_node_leaves_no_process_and_no_hold_and_nothing_is_settled_twice() {
+    let home = Home::new("");
+    let node = home.start(&[]);
+    let (key, children) = (home.key(), node.children());
+    let mut answers = Vec::new();
+    for _ in 0..4 {
+        answers.push(node.ask(&key, "slowly <<slow:5>>", 400).await);
+    }
+    for answer in &mut answers {
+        answer.begun().await;
+    }
+    node.kill();
+    for answer in answers {
+        assert!(!answer.rest().await.done);
+    }
+    until("the store dies with its node", || async { children.iter().all(|&child| !is_alive(child)) }).await;
+    let node = home.start(&[]);
+    // Charged nothing: what was under way was never settled.
+    assert_eq!(home.assert_settled(&[])["charged_nano_usd"], 0);
+    let told = node.ask(&key, "well", 4).await.rest().await;
+    assert_eq!(told.finish.as_deref(), Some("length"));
+    home.assert_settled(&[]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_dies_in_mid_stream_is_restarted_and_the_request_is_settled() {
+    let home = Home::new("[store]\nappend_fsync = \"always\"\n");
+    let node = home.start(&[]);
+    let key = home.key();
+    let mut answer = node.ask(&key, "slowly <<slow:10>>", 40).await;
+    answer.begun().await;
+    for child in node.children() {
+        kill(Pid::from_raw(child.cast_signed()), Signal::SIGKILL).unwrap();
+    }
+    let told = answer.rest().await;
+    assert_eq!((told.finish.as_deref(), told.done), (Some("length"), true), "{told:?}\n{}", home.log_text());
+    let usage = told.usage.unwrap();
+    let price = usage["prompt_tokens"].as_i64().unwrap() * 200 + 40 * 300;
+    assert_eq!(home.assert_settled(&[])["charged_nano_usd"], json!(price));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_requests_than_the_worker_has_places_wait_and_are_all_served() {
+    let home = Home::new("");
+    let node = home.start(&[]);
+    let key = home.key();
+    let asked = (0..16).map(|n| {
+        let (node, key) = (&node, &key);
+        async move { node.ask(key, &format!("request {n}"), 20).await.rest().await }
+    });
+    for told in futures::future::join_all(asked).await {
+        assert_eq!((told.finish.as_deref(), told.done), (Some("length"), true), "{told:?}");
+    }
+    home.assert_settled(&[]);
+}
