@@ -16,7 +16,7 @@ impl Gguf {
         let columns = info.dims[0] as usize;
         let rows_all = info.dims[1..].iter().product::<u64>() as usize;
         let rows = out.len() / columns;
-        if out.len() % columns != 0 || first_row + rows > rows_all {
+        if !out.len().is_multiple_of(columns) || first_row + rows > rows_all {
             return Err(GgufError::WrongShape {
                 name: name.to_owned(),
                 found: info.dims.clone(),

@@ -49,8 +49,8 @@ impl LlamaParams {
             vocabulary: embedding.dims.get(1).copied().unwrap_or(0) as usize,
         };
         let consistent = params.heads * params.head_size == params.width
-            && params.heads % params.kv_heads == 0
-            && params.head_size % 2 == 0
+            && params.heads.is_multiple_of(params.kv_heads)
+            && params.head_size.is_multiple_of(2)
             && embedding.dims == [params.width as u64, params.vocabulary as u64]
             && params.rope_base > 0.0
             && params.norm_epsilon >= 0.0;

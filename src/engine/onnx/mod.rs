@@ -170,16 +170,15 @@ fn session(
 ) -> Result<(Session, Vec<Pages>), EngineError> {
     let graph = int8_graph(&shared.params, &linears, ty);
     let mut pages = Vec::with_capacity(linears.len());
-    let mut builder = Session::builder(&runtime.environment)?
-        .with_operators(operators::domain(shared)?)
-        .and_then(|b| b.with_memory_pattern(false))
-        // Packed weights live as long as the session: outside the arena, which would round them up.
-        .and_then(|b| b.with_device_allocated_initializers())
-        .and_then(|b| b.with_optimization_level(GraphOptimizationLevel::Level1))
-        .map_err(ort::Error::from)?;
+    let mut builder: SessionBuilder = Session::builder(&runtime.environment)?;
+    builder = builder.with_operators(operators::domain(shared)?).map_err(plain)?;
+    builder = builder.with_memory_pattern(false).map_err(plain)?;
+    // Packed weights live as long as the session: outside the arena, which would round them up.
+    builder = builder.with_device_allocated_initializers().map_err(plain)?;
+    builder = builder.with_optimization_level(GraphOptimizationLevel::Level1).map_err(plain)?;
     builder = providers::register(builder, &runtime.options.providers)?;
     let add = |builder: SessionBuilder, name: &str, value: DynValue| {
-        builder.with_external_initializer(name, value).map_err(|e| EngineError::Onnx(e.into()))
+        builder.with_external_initializer(name, value).map_err(plain)
     };
     builder = add(builder, "zero_point", Tensor::from_array(([1usize], vec![rows::ZERO_POINT]))?.into_dyn())?;
     for linear in linears {
@@ -194,6 +193,11 @@ fn session(
         builder = add(builder, &format!("{}.scale", linear.name), scales)?;
     }
     Ok((builder.commit_from_memory(&graph)?, pages))
+}
+
+/// The error without the builder that it would give back.
+fn plain(error: ort::Error<SessionBuilder>) -> EngineError {
+    EngineError::Onnx(error.into())
 }
 
 /// The same bytes, read as two's complement.

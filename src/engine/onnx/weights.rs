@@ -39,7 +39,7 @@ pub enum QuantType {
 pub fn load(file: &ModelFile, rotation: &Rotation, ty: QuantType) -> Result<Vec<Linear>, GgufError> {
     let layers = file.params.layers;
     let next = AtomicUsize::new(0);
-    let done: Mutex<Vec<(usize, Result<Vec<Linear>, GgufError>)>> = Mutex::default();
+    let done = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(layers + 1);
     std::thread::scope(|scope| {
         for _ in 0..threads {

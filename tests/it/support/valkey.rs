@@ -132,6 +132,6 @@ pub fn program() -> PathBuf {
     let mut candidates =
         std::env::split_paths(&path).flat_map(|folder| ["valkey-server", "redis-server"].map(|name| folder.join(name)));
     candidates.find(|candidate| candidate.exists()).expect(
-        "no Valkey or Redis server: run `make setup`, install redis-server, or name one in LIGHTCONE_TEST_REDIS_SERVER",
+        "no Valkey or Redis server: run `make fetch`, install redis-server, or name one in LIGHTCONE_TEST_REDIS_SERVER",
     )
 }
