@@ -121,6 +121,10 @@ impl Shared {
         self.news.notify_one();
     }
 
+    pub fn is_shut_down(&self) -> bool {
+        self.inbox.lock().shutdown
+    }
+
     /// What is new; waits for something when `idle`.
     pub fn look(&self, idle: bool) -> News {
         let mut inbox = self.inbox.lock();
@@ -137,6 +141,7 @@ impl Shared {
     /// After this, `submit` says that the engine is gone.
     pub fn close(&self) {
         *self.inbox.lock() = Inbox { gone: true, ..Inbox::default() };
+        self.load.set(EngineLoad::default());
     }
 }
 

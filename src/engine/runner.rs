@@ -38,7 +38,9 @@ pub fn spawn(
             spec.step_tokens_max, spec.sequences_max
         )));
     }
-    let shared = Arc::new(Shared::new(spec.sequences_max));
+    // Submissions of requests that were cancelled meanwhile stay in the inbox until the next look.
+    let shared = Arc::new(Shared::new(4 * spec.sequences_max));
+    let gauges = Gauges::new(&metrics, spec.model.as_str());
     let (ready, loaded) = std::sync::mpsc::sync_channel(1);
     let on_thread = Arc::clone(&shared);
     std::thread::Builder::new()
@@ -46,7 +48,7 @@ pub fn spawn(
         .spawn(move || {
             let shared = on_thread;
             let run = || {
-                let mut runner = match Runner::load(spec, Arc::clone(&shared), metrics) {
+                let mut runner = match Runner::load(spec, Arc::clone(&shared), gauges.clone(), metrics) {
                     Ok(runner) => runner,
                     Err(e) => {
                         let _ = ready.send(Err(e));
@@ -63,6 +65,10 @@ pub fn spawn(
                 Ok(Some(Err(e))) => e.to_string(),
                 Err(_) => "the engine panicked".to_owned(),
             };
+            // One that was retired has a successor, whose numbers these gauges show now.
+            if !shared.is_shut_down() {
+                gauges.set(EngineLoad::default());
+            }
             shared.close();
             let _ = sink.blocking_send(EngineMessage::Died(why));
         })
@@ -84,16 +90,36 @@ struct Runner {
     events: Vec<EngineEvent>,
     steps: u64,
     shared: Arc<Shared>,
-    metrics: StepMetrics,
+    gauges: Gauges,
+    step_seconds: prometheus::Histogram,
+    preemptions: prometheus::IntCounter,
 }
 
-/// The metrics of this model, looked up once.
-struct StepMetrics {
-    step_seconds: prometheus::Histogram,
+/// The gauges of one model, looked up once. They outlive the runner, so that a dead engine shows no load.
+#[derive(Clone)]
+struct Gauges {
     running: prometheus::IntGauge,
     waiting: prometheus::IntGauge,
     kv_blocks_used: prometheus::IntGauge,
-    preemptions: prometheus::IntCounter,
+    kv_blocks_total: prometheus::IntGauge,
+}
+
+impl Gauges {
+    fn new(metrics: &Metrics, model: &str) -> Self {
+        Self {
+            running: metrics.running.with_label_values(&[model]),
+            waiting: metrics.waiting.with_label_values(&[model]),
+            kv_blocks_used: metrics.kv_blocks_used.with_label_values(&[model]),
+            kv_blocks_total: metrics.kv_blocks_total.with_label_values(&[model]),
+        }
+    }
+
+    fn set(&self, load: EngineLoad) {
+        self.running.set(load.running as i64);
+        self.waiting.set(load.waiting as i64);
+        self.kv_blocks_used.set(load.kv_blocks_used as i64);
+        self.kv_blocks_total.set(load.kv_blocks_total as i64);
+    }
 }
 
 struct Sequence {
@@ -120,7 +146,7 @@ impl Sequence {
 }
 
 impl Runner {
-    fn load(spec: EngineSpec, shared: Arc<Shared>, metrics: Arc<Metrics>) -> Result<Self, EngineError> {
+    fn load(spec: EngineSpec, shared: Arc<Shared>, gauges: Gauges, metrics: Arc<Metrics>) -> Result<Self, EngineError> {
         let context_tokens_max = spec.context_tokens_max.min(spec.file.params.context_tokens);
         let block_bytes = onnx::kv_block_bytes(&spec.file.params, spec.kv_block_tokens);
         let blocks = spec.kv_memory_bytes / block_bytes;
@@ -146,14 +172,6 @@ impl Runner {
             Backend::Scripted => Box::new(Scripted::new(Arc::clone(&vocabulary))),
         };
         let model = [spec.model.as_str()];
-        metrics.kv_blocks_total.with_label_values(&model).set(blocks as i64);
-        let metrics = StepMetrics {
-            step_seconds: metrics.step_seconds.with_label_values(&model),
-            running: metrics.running.with_label_values(&model),
-            waiting: metrics.waiting.with_label_values(&model),
-            kv_blocks_used: metrics.kv_blocks_used.with_label_values(&model),
-            preemptions: metrics.preemptions.with_label_values(&model),
-        };
         let runner = Self {
             forward,
             vocabulary,
@@ -166,7 +184,9 @@ impl Runner {
             events: Vec::new(),
             steps: 0,
             shared,
-            metrics,
+            gauges,
+            step_seconds: metrics.step_seconds.with_label_values(&model),
+            preemptions: metrics.preemptions.with_label_values(&model),
         };
         runner.publish_load();
         Ok(runner)
@@ -183,7 +203,7 @@ impl Runner {
             if !(self.running.is_empty() && self.waiting.is_empty()) {
                 let started = Instant::now();
                 self.step()?;
-                self.metrics.step_seconds.observe(started.elapsed().as_secs_f64());
+                self.step_seconds.observe(started.elapsed().as_secs_f64());
             }
             self.publish_load();
             if !self.events.is_empty() {
@@ -211,6 +231,9 @@ impl Runner {
                 self.events.push(EngineEvent { request: spec.request, body: EngineEventBody::Failed { message } });
                 continue;
             }
+            // A request that is offered again replaces what is left of its earlier attempt.
+            self.running.retain(|sequence| sequence.request != spec.request);
+            self.waiting.retain(|sequence| sequence.request != spec.request);
             self.waiting.push_back(Sequence {
                 request: spec.request.clone(),
                 tokens: spec.prompt.clone(),
@@ -265,6 +288,13 @@ impl Runner {
                 continue;
             }
             let row = logits.next().ok_or_else(|| EngineError::Limits("the model returned too few rows".into()))?;
+            if !sampler::is_finite(row) {
+                let message = "the model computed something that is not a number".to_owned();
+                let request = sequence.request.clone();
+                self.events.push(EngineEvent { request, body: EngineEventBody::Failed { message } });
+                ended.push(at);
+                continue;
+            }
             let token = sampler::sample(row, &sequence.spec.sampling, sequence.tokens.len(), &mut self.scratch);
             if accept(sequence, token, &self.vocabulary, &mut self.events) {
                 ended.push(at);
@@ -286,7 +316,7 @@ impl Runner {
             sequence.blocks.clear();
             sequence.computed = 0;
             self.waiting.push_front(sequence);
-            self.metrics.preemptions.inc();
+            self.preemptions.inc();
         }
         let joined = self.waiting.drain(..plan.admitted.len());
         self.running.extend(joined);
@@ -311,9 +341,10 @@ impl Runner {
             steps: self.steps,
         };
         self.shared.load.set(load);
-        self.metrics.running.set(load.running as i64);
-        self.metrics.waiting.set(load.waiting as i64);
-        self.metrics.kv_blocks_used.set(load.kv_blocks_used as i64);
+        // A retired engine that wakes up late must not paint over its successor's numbers.
+        if !self.shared.is_shut_down() {
+            self.gauges.set(load);
+        }
     }
 }
 

@@ -64,16 +64,15 @@ fn truncate<'a>(weights: &[f32], candidates: &'a mut Vec<(f32, u32)>, params: &S
     // The largest weight is 1. Few tokens weigh more than a millionth of it, and nearly always they carry
     // all the mass that top-p asks for; sorting the whole vocabulary is the rare case.
     for floor in [1e-6f32, 0.0] {
-        let floor = floor.max(params.min_p);
         candidates.clear();
         let heavy = weights.iter().zip(0u32..).filter(|(w, _)| **w >= floor);
         candidates.extend(heavy.map(|(w, token)| (*w, token)));
         let carried: f64 = candidates.iter().map(|(w, _)| f64::from(*w)).sum();
         let enough_tokens = params.top_k == 0 || candidates.len() >= params.top_k as usize;
-        if floor == params.min_p
-            || (carried >= wanted && enough_tokens)
-            || (params.top_p >= 1.0 && enough_tokens && params.top_k > 0)
-        {
+        let enough_mass = params.top_p >= 1.0 || carried >= wanted;
+        // Without top-k and top-p only min-p is left, which asks for no more than what is above it.
+        let only_min_p = params.top_k == 0 && params.top_p >= 1.0;
+        if if only_min_p { params.min_p >= floor } else { enough_tokens && enough_mass } {
             break;
         }
     }
@@ -92,7 +91,15 @@ fn truncate<'a>(weights: &[f32], candidates: &'a mut Vec<(f32, u32)>, params: &S
         });
         candidates.truncate(keep.map_or(candidates.len(), |last| last + 1).max(1));
     }
+    // Relative to the largest, which weighs 1 and so always stays.
+    candidates.retain(|(w, _)| *w >= params.min_p);
     candidates
+}
+
+/// False where a number of the row is infinite or none at all: nothing can be sampled from it.
+pub fn is_finite(logits: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    logits.iter().fold(0, |most, x| (x.to_bits() & EXPONENT).max(most)) < EXPONENT
 }
 
 /// The candidate under `draw` of the way through the summed weights.
@@ -174,6 +181,25 @@ mod tests {
             for (count, expected) in counts.iter().zip(expected) {
                 assert!((count - expected).abs() < 0.015, "{params:?}: {counts:?}");
             }
+        }
+    }
+
+    #[test]
+    fn min_p_comes_last_and_does_not_change_what_top_p_is_a_share_of() {
+        let mut weights = vec![1f32, 0.5];
+        weights.extend([0.1; 20]);
+        let logits: Vec<f32> = weights.iter().map(|w| w.ln()).collect();
+        for top_k in [0, 100] {
+            let counts = counts(&logits, &SamplingParams { top_k, top_p: 0.5, min_p: 0.3, ..params() });
+            assert!((counts[0] - 2.0 / 3.0).abs() < 0.015 && counts[0] + counts[1] > 0.999, "{top_k}: {counts:?}");
+        }
+    }
+
+    #[test]
+    fn rows_with_anything_but_numbers_are_told_apart() {
+        assert!(is_finite(&[0.0, -1.0, f32::MAX, f32::MIN_POSITIVE]));
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(!is_finite(&[0.0, bad, 1.0]));
         }
     }
 

@@ -19,6 +19,7 @@ const ALIGNMENT_DEFAULT: u64 = 32;
 const ENTRIES_MAX: u64 = 1 << 16;
 const DIMENSIONS_MAX: u32 = 4;
 const ARRAY_DEPTH_MAX: u32 = 2;
+const NUMBERS_MAX: u64 = 1 << 22;
 
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
@@ -180,6 +181,10 @@ impl Gguf {
         self.tensors.get(name).ok_or_else(|| GgufError::MissingTensor(name.to_owned()))
     }
 
+    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
     pub fn has_tensor(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
     }
@@ -306,6 +311,10 @@ impl<'a> Reader<'a> {
             9 if depth < ARRAY_DEPTH_MAX => {
                 let ty = self.u32(what)?;
                 let len = self.u64(what)?;
+                // A string takes eight bytes at least; of plain numbers no key needs millions.
+                if ty != 8 && len > NUMBERS_MAX {
+                    return Err(GgufError::Corrupted(format!("a key has a list of {len} values")));
+                }
                 // An element takes at least one byte, so a longer array than the file has bytes is a lie.
                 if len > (self.data.len() - self.at) as u64 {
                     return Err(GgufError::Truncated { what, at: self.at as u64, size: self.data.len() as u64 });

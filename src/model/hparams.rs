@@ -57,6 +57,14 @@ impl LlamaParams {
         if !consistent {
             return Err(GgufError::Corrupted(format!("the model's sizes do not fit each other: {params:?}")));
         }
+        let scaling = gguf.or(gguf.str("llama.rope.scaling.type"), "none")?;
+        if scaling != "none" || gguf.or(gguf.f64("llama.rope.scale_linear"), 1.0)? != 1.0 {
+            return Err(GgufError::Corrupted(format!("rotary embeddings scaled by `{scaling}` are not supported")));
+        }
+        // A tensor that nobody reads is a part of the model that would be left out in silence.
+        if let Some(name) = gguf.tensor_names().find(|name| !is_known(name, params.layers)) {
+            return Err(GgufError::Corrupted(format!("tensor `{name}` is not supported")));
+        }
         let rotated = gguf.or(gguf.u64("llama.rope.dimension_count"), params.head_size as u64)?;
         if rotated != params.head_size as u64 || gguf.has_tensor("rope_freqs.weight") {
             return Err(GgufError::Corrupted("partial or scaled rotary embeddings are not supported".into()));
@@ -64,7 +72,29 @@ impl LlamaParams {
         Ok(params)
     }
 
+    /// Values that one token has for all KV heads.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_size
     }
+}
+
+fn is_known(tensor: &str, layers: usize) -> bool {
+    if matches!(tensor, "token_embd.weight" | "output.weight" | "output_norm.weight") {
+        return true;
+    }
+    let Some((layer, part)) = tensor.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else { return false };
+    let Some(part) = part.strip_suffix(".weight") else { return false };
+    layer.parse().is_ok_and(|layer: usize| layer < layers)
+        && matches!(
+            part,
+            "attn_norm"
+                | "attn_q"
+                | "attn_k"
+                | "attn_v"
+                | "attn_output"
+                | "ffn_norm"
+                | "ffn_gate"
+                | "ffn_up"
+                | "ffn_down"
+        )
 }

@@ -47,16 +47,10 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     pub fn new(vocabulary: Arc<Vocabulary>) -> Result<Self, TokenizerError> {
-        let plain = bpe(&vocabulary)?;
+        let mut plain = bpe(&vocabulary)?;
+        plain.add_tokens(&added(&vocabulary, TokenKind::UserDefined));
         let mut with_specials = plain.clone();
-        let specials: Vec<AddedToken> = vocabulary
-            .tokens
-            .iter()
-            .zip(&vocabulary.kinds)
-            .filter(|(_, kind)| **kind == TokenKind::Control)
-            .map(|(token, _)| AddedToken::from(token.clone(), true))
-            .collect();
-        with_specials.add_special_tokens(&specials);
+        with_specials.add_special_tokens(&added(&vocabulary, TokenKind::Control));
         Ok(Self { with_specials, plain, vocabulary })
     }
 
@@ -85,6 +79,12 @@ impl Tokenizer {
     }
 }
 
+/// The tokens of one kind, to be found in a text before anything else is.
+fn added(vocabulary: &Vocabulary, kind: TokenKind) -> Vec<AddedToken> {
+    let tokens = vocabulary.tokens.iter().zip(&vocabulary.kinds).filter(|(_, of)| **of == kind);
+    tokens.map(|(token, _)| AddedToken::from(token.clone(), kind == TokenKind::Control).normalized(false)).collect()
+}
+
 fn bpe(vocabulary: &Vocabulary) -> Result<Bpe, TokenizerError> {
     let wrong = |e: &dyn std::fmt::Display| TokenizerError::Vocabulary(e.to_string());
     let ids: Vocab = vocabulary.tokens.iter().cloned().zip(0u32..).collect();
@@ -96,7 +96,12 @@ fn bpe(vocabulary: &Vocabulary) -> Result<Bpe, TokenizerError> {
             Ok((left.to_owned(), right.to_owned()))
         })
         .collect::<Result<Vec<_>, TokenizerError>>()?;
-    let model = BPE::builder().vocab_and_merges(ids, merges).build().map_err(|e| wrong(&e))?;
+    let model = BPE::builder()
+        .vocab_and_merges(ids, merges)
+        // Llama 3 takes a word that stands in the vocabulary whole, whatever its merges would make of it.
+        .ignore_merges(vocabulary.pre_tokenizer == "llama-bpe")
+        .build()
+        .map_err(|e| wrong(&e))?;
     let pre: PreTokenizerWrapper = match vocabulary.pre_tokenizer.as_str() {
         "smollm" => Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]).into(),
         "gpt-2" | "default" => ByteLevel::new(false, true, true).into(),

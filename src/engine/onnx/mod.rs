@@ -66,9 +66,10 @@ impl OnnxModel {
         context_tokens: usize,
     ) -> Result<Self, EngineError> {
         let params = &file.params;
-        if params.head_size > 256 || params.heads / params.kv_heads > 16 {
+        if !operators::fits(params) || params.width / rotation::power_of_two_divisor(params.width, 64) > 1024 {
             return Err(EngineError::Limits("heads of this size or grouping are not supported".into()));
         }
+        check_embeddings(file)?;
         let rotation = Rotation::new(params.width);
         let shared = Arc::new(Shared {
             step: RwLock::default(),
@@ -102,6 +103,9 @@ impl OnnxModel {
         let before = self.probe()?;
         weights.iter().for_each(Pages::release);
         trim_heap();
+        if before.iter().any(|x| !x.is_finite()) {
+            return Err(EngineError::Limits("the model computes values that are not finite numbers".into()));
+        }
         if self.probe()? != before {
             return Err(EngineError::Limits(
                 "this build of ONNX Runtime does not pack int8 weights, which the engine relies on".into(),
@@ -114,11 +118,17 @@ impl OnnxModel {
     /// blocks are written before they are read.
     fn probe(&mut self) -> Result<Vec<f32>, EngineError> {
         let vocabulary = self.vocabulary() as u32;
-        let tokens: Vec<u32> = (0..6).map(|i| (1000 + 77 * i) % vocabulary).collect();
+        let context = self.shared.angles.len() / self.shared.params.head_size;
+        let tokens: Vec<u32> = (0..6.min(context as u32)).map(|i| (1000 + 77 * i) % vocabulary).collect();
+        let blocks: Vec<u32> = (0..tokens.len().div_ceil(self.shared.cache.shape.block_tokens) as u32).collect();
+        let last = tokens.len() - 1;
         let mut logits = Vec::new();
-        for (computed, rows) in [(0, 5), (5, 1)] {
+        for (computed, rows) in [(0, last), (last, 1)] {
+            if rows == 0 {
+                continue;
+            }
             let tokens = &tokens[..computed + rows];
-            let sequence = BatchSequence { tokens, prompt_tokens: tokens.len(), computed, rows, blocks: &[0] };
+            let sequence = BatchSequence { tokens, prompt_tokens: tokens.len(), computed, rows, blocks: &blocks };
             logits.extend_from_slice(self.forward(&Batch { sequences: vec![sequence] })?);
         }
         Ok(logits)
@@ -226,6 +236,19 @@ impl Pages {
             unsafe { libc::madvise(from as *mut libc::c_void, to - from, libc::MADV_DONTNEED) };
         }
     }
+}
+
+/// Embeddings are read row by row when they are needed; a row that is no number would then end the engine
+/// for everybody.
+fn check_embeddings(file: &ModelFile) -> Result<(), GgufError> {
+    const ROWS: usize = 1024;
+    let (width, rows) = (file.params.width, file.params.vocabulary);
+    let mut numbers = vec![0.0; ROWS * width];
+    for from in (0..rows).step_by(ROWS) {
+        let count = ROWS.min(rows - from);
+        file.gguf.dequantize_rows("token_embd.weight", from, &mut numbers[..count * width])?;
+    }
+    Ok(())
 }
 
 /// Gives what loading freed back to the system.

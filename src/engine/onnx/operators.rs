@@ -24,7 +24,7 @@ use super::{
     graph::DOMAIN,
     kv::KvCache,
     rows,
-    step::Step,
+    step::{Step, TILE_ROWS_MAX},
 };
 use crate::model::LlamaParams;
 
@@ -376,6 +376,12 @@ fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
         // SAFETY: each piece has its own row.
         unsafe { quant_scales.set(r, rows::quantize(&mixed[r * width..][..width], quants.row(r))) }
     })
+}
+
+/// Whether attention's tiles can hold the model's heads.
+pub fn fits(params: &LlamaParams) -> bool {
+    let queries = TILE_ROWS_MAX * (params.heads / params.kv_heads);
+    queries <= TILE_QUERIES && queries * params.head_size <= TILE_FLOATS
 }
 
 /// Queries of one tile, and the numbers in them: on the stack of the thread that computes the tile.

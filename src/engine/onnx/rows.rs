@@ -45,8 +45,8 @@ fn quantize_body(x: &[f32], quants: &mut [u8]) -> f32 {
     let largest = largest.iter().copied().chain(rest.iter().map(|x| x.abs())).fold(1e-30, f32::max);
     let inverse = 127.0 / largest;
     for (q, x) in quants.iter_mut().zip(x) {
-        // SAFETY: |x| <= largest, so the product is within -127..=127; rows with a NaN are refused before
-        // (see `is_finite`), and for one that slipped through any value in range would do.
+        // SAFETY: clamped to -127..=127. For a NaN any value would do: the scale carries it on, and logits
+        // that are not finite are refused before anything is sampled from them.
         let n = (x * inverse).round_ties_even().clamp(-127.0, 127.0);
         let n = if n.is_nan() { 0 } else { unsafe { n.to_int_unchecked::<i32>() } };
         *q = (n + i32::from(ZERO_POINT)) as u8;

@@ -4,7 +4,7 @@ use super::Batch;
 use crate::engine::EngineError;
 
 /// Rows of one sequence that attention computes together.
-const TILE_ROWS_MAX: usize = 8;
+pub const TILE_ROWS_MAX: usize = 8;
 
 #[derive(Default)]
 pub struct Step {
