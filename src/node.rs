@@ -134,7 +134,15 @@ impl Node {
         let metrics = Arc::new(Metrics::new());
         let claim_lease = Duration::from_millis(config.queue.claim_lease_ms);
         let queue = Queue::new(store.clone(), QueueLimits { depth_max: config.queue.depth_max, claim_lease });
-        let secret = (!config.relay.secret.is_empty()).then(|| Secret::new(&config.relay.secret));
+        let secret = match config.relay.secret.as_str() {
+            // Nodes of role `all` on one store may claim each other's requests, so they must be able to answer.
+            "" if embedded.is_none() => Some(Secret::new(&store.shared_secret().await?)),
+            "" => None,
+            configured => Some(Secret::new(configured)),
+        };
+        if embedded.is_some() {
+            bury_left_over(&config, &queue, &ledger).await?;
+        }
         let (hub, relay) = match role {
             Role::Worker => (None, None),
             Role::All | Role::Edge => open_hub(&config, node.clone(), secret.clone(), &metrics).await?,
@@ -261,6 +269,20 @@ impl Node {
         };
         Ok(tokio::task::spawn_blocking(move || edge::spawn(spec, listener)).await??)
     }
+}
+
+/// The embedded store has no other users than the node that holds the data folder's lock: whatever was under
+/// way when the last one died is over, and its holds need not wait for their leases.
+async fn bury_left_over(config: &Config, queue: &Queue, ledger: &Ledger) -> Result<(), NodeError> {
+    let mut requests = 0;
+    for model in config.models.keys() {
+        requests += queue.left_over(model).await?.len();
+    }
+    let holds = ledger.release_left_over_holds().await.map_err(OperatorError::from)?;
+    if requests + holds > 0 {
+        tracing::warn!(requests, holds, "ended what the last node left behind, free of charge");
+    }
+    Ok(())
 }
 
 /// Streams that were told of their end get this long to say so to their clients.

@@ -55,7 +55,7 @@ pub enum Outcome {
         code: FailureCode,
         message: String,
     },
-    /// The client went away before any work was done.
+    /// The client went away before the first token.
     Withdrawn,
 }
 
@@ -105,6 +105,12 @@ impl Flights {
                     flight.seq_next += 1;
                     advanced.events.push(Outgoing { claim: Arc::clone(&flight.claim), event });
                     continue;
+                }
+                // Who leaves before the first token has got nothing and pays nothing.
+                EngineEventBody::Finished { reason: FinishReason::Cancelled, usage }
+                    if usage.completion_tokens == 0 =>
+                {
+                    Outcome::Withdrawn
                 }
                 EngineEventBody::Finished { reason, usage } => Outcome::Finished { reason, usage },
                 EngineEventBody::Failed { message } => {
@@ -236,6 +242,22 @@ mod tests {
         assert_eq!(flights.count(), (0, 1));
         flights.left(&"a".into());
         assert_eq!(flights.count(), (0, 0));
+    }
+
+    #[test]
+    fn who_leaves_before_the_first_token_pays_nothing() {
+        let flights = Flights::default();
+        flights.take_in(&[claim("a", "edge"), claim("b", "edge")], 1);
+        let cancelled = |request: &str, completion_tokens| EngineEvent {
+            request: request.into(),
+            body: EngineEventBody::Finished {
+                reason: FinishReason::Cancelled,
+                usage: Usage { prompt_tokens: 100, completion_tokens, cached_tokens: 0 },
+            },
+        };
+        let landings = flights.advance(vec![cancelled("a", 0), cancelled("b", 1)], 1).landings;
+        assert_eq!(landings[0].outcome, Outcome::Withdrawn);
+        assert!(matches!(landings[1].outcome, Outcome::Finished { reason: FinishReason::Cancelled, .. }));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::error::{ApiError, shorten};
 /// What is read and thrown away after a refusal, so that the client gets to read the answer instead of a
 /// reset connection.
 const DISCARD_BYTES_MAX: usize = 16 << 20;
-const DISCARD_TIME_MAX: Duration = Duration::from_millis(300);
+const DISCARD_TIME_MAX: Duration = Duration::from_millis(30);
 
 /// The whole body, which must say that it is JSON.
 pub(super) async fn read(

@@ -11,7 +11,7 @@ use actix_web::{
     web::{self, Bytes, BytesMut, Payload},
 };
 use futures::{FutureExt, Stream, stream};
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 
 use super::{
     auth::authenticate,
@@ -26,7 +26,9 @@ use super::{
 use crate::{
     admission::{AdmitError, Ask, Principal, Scope},
     domain::{EventBody, FailureCode, FinishReason, Job, ModelId, RequestId, SamplingParams, Usage},
+    ledger::ReleaseReason,
     queue::{PublishError, ReplyStream},
+    store::StoreError,
 };
 
 /// Bytes of several events that wait, written to the client together.
@@ -106,6 +108,10 @@ async fn serve(
         stop: std::mem::take(&mut request.stop),
         ignore_eos: request.ignore_eos,
     };
+    // The body and the prompt took their time, in which a drain may have begun.
+    if state.is_draining() {
+        return Err(ApiError::draining().into());
+    }
     // A task of its own: should the client go away in the middle, what was taken on is still given up in
     // good order when the task's result is dropped.
     let opening = state.tasks.spawn_on(open(Arc::clone(state), principal, wanted, arrival.at), &state.runtime);
@@ -152,7 +158,16 @@ async fn open(
         prompt_tokens: u32::try_from(wanted.prompt.len()).unwrap_or(u32::MAX),
         output_tokens_max: wanted.output_tokens_max,
     };
-    let admitted = state.admission.admit(&principal, ask).await.map_err(refused)?;
+    let admitted = match state.admission.admit(&principal, ask).await {
+        Ok(admitted) => admitted,
+        Err(error) => {
+            if matches!(error, AdmitError::Store(_)) {
+                // The answer may have been lost and not the question: then there is a hold.
+                state.release_later(principal.tenant.clone(), wanted.request, ReleaseReason::NotQueued);
+            }
+            return Err(refused(error));
+        }
+    };
     let tenant = admitted.tenant().clone();
     let open = OpenRequest::new(Arc::clone(&state), wanted.request.clone(), tenant, wanted.model.clone(), arrived);
     let reply = state.hub.open(&wanted.request);
@@ -176,12 +191,11 @@ async fn open(
     };
     match state.queue.publish(&job).await {
         Ok(()) => Ok(Opened { reply, open }),
-        Err(error) => {
-            drop(reply);
-            // After a lost answer the job may stand in the queue.
-            open.refuse(!matches!(error, PublishError::Store(_))).await;
-            Err(not_queued(error))
-        }
+        // After a lost answer the job may stand in the queue, or even be done.
+        Err(error) => match open.refuse(!matches!(error, PublishError::Store(_))).await {
+            None => Err(not_queued(error)),
+            Some(open) => Ok(Opened { reply, open }),
+        },
     }
 }
 
@@ -191,6 +205,10 @@ fn refused(error: AdmitError) -> ApiError {
         AdmitError::UnknownTenant(tenant) => {
             tracing::warn!(%tenant, "a key's tenant is gone");
             ApiError::bad_key()
+        }
+        AdmitError::Store(error @ StoreError::Damaged(_)) => {
+            tracing::error!(%error, "admission failed");
+            ApiError::internal()
         }
         AdmitError::Store(error) => {
             tracing::warn!(%error, "admission failed");
@@ -226,8 +244,8 @@ async fn answer(
     let created = unix_ms() / 1000;
     if !request.stream {
         let limit = Duration::from_millis(settings.request_ms_max);
-        let whole = timeout(limit, answering.collect()).await.map_err(|_| ApiError::too_slow());
-        let (text, reason, usage) = whole.map_err(Refusal::Ended)?.map_err(Refusal::Ended)?;
+        let whole = timeout(limit, answering.collect()).await;
+        let (text, reason, usage) = whole.map_err(|_| Refusal::Ended(ApiError::too_slow()))?.map_err(Refusal::Ended)?;
         let open = &answering.open;
         let body = Completion::new(&open.request, created, &open.model, &text, reason, &usage);
         return Ok(with_ignored(HttpResponse::Ok(), &request.ignored).json(body));
@@ -256,6 +274,8 @@ struct Answering {
     open: OpenRequest,
     first_token: Option<Instant>,
     tokens: u32,
+    /// When the next event is overdue.
+    overdue: tokio::time::Instant,
 }
 
 enum News {
@@ -266,15 +286,22 @@ enum News {
 
 impl Answering {
     fn new(Opened { reply, open }: Opened) -> Self {
-        Self { reply, open, first_token: None, tokens: 0 }
+        let overdue = tokio::time::Instant::now() + open.state().patience();
+        Self { reply, open, first_token: None, tokens: 0, overdue }
     }
 
     /// The next thing that the client should know. Cancel-safe. Not to be asked again after the last.
     async fn next(&mut self) -> News {
         loop {
-            let Some(event) = self.reply.next().await else {
+            // Every way of losing a request tells its stream. This clock is for the ways that nobody thought of.
+            let Ok(event) = timeout_at(self.overdue, self.reply.next()).await else {
+                tracing::error!(request = %self.open.request, "no worker was heard of in time");
+                return News::Failed(ApiError::silent());
+            };
+            let Some(event) = event else {
                 return self.failed(FailureCode::WorkerFailed, "stream ended without its last event");
             };
+            self.overdue = tokio::time::Instant::now() + self.open.state().silence_max();
             match event.body {
                 EventBody::Accepted => {}
                 EventBody::Delta { text, tokens } => {
@@ -298,7 +325,12 @@ impl Answering {
 
     fn failed(&mut self, code: FailureCode, message: &str) -> News {
         tracing::warn!(request = %self.open.request, ?code, message, "request failed");
-        self.open.end(Outcome::Failed);
+        if code == FailureCode::Draining {
+            // Told by this node's own drain: the request may still stand in the queue, and is taken out.
+            self.open.give_up(Outcome::Failed);
+        } else {
+            self.open.end(Outcome::Failed);
+        }
         News::Failed(ApiError::failed(code))
     }
 

@@ -204,9 +204,20 @@ impl ApiError {
         Self::unavailable("draining", "This node is shutting down. Try again.", RETRY_DRAIN_MS)
     }
 
-    /// A non-streamed answer that took longer than we keep a client waiting.
+    /// A non-streamed answer that took longer than we keep a client waiting. What was decoded is charged, so
+    /// clients must not repeat it by themselves.
     pub fn too_slow() -> Self {
-        Self::unavailable("too_slow", "The answer took too long. Stream it, or ask for fewer tokens.", RETRY_WORKER_MS)
+        let why = "The answer took too long and was cut off; what was decoded is charged. \
+                   Stream it, or ask for fewer tokens.";
+        let mut error = Self::unavailable("too_slow", why, RETRY_WORKER_MS);
+        error.0.retry_after_ms = None;
+        error.0.never_retry = true;
+        error
+    }
+
+    /// Nobody has taken the request, or whoever had it has fallen silent.
+    pub fn silent() -> Self {
+        Self::unavailable("silent", "No worker answered in time. Try again.", RETRY_WORKER_MS)
     }
 
     /// Our fault. The client learns no more; the caller has logged why.

@@ -134,6 +134,24 @@ impl EdgeState {
         self.draining.store(true, Ordering::Relaxed);
     }
 
+    /// How long a request may go without a word of any worker: it waits in the queue, then its claim must
+    /// have lapsed and been swept.
+    pub(super) fn patience(&self) -> Duration {
+        self.wait_max + 3 * self.ledger.hold_lease()
+    }
+
+    /// How long a claimed request may go without a token.
+    pub(super) fn silence_max(&self) -> Duration {
+        Duration::from_millis(self.settings.request_ms_max)
+    }
+
+    /// Releases a hold that there may be, in the background.
+    pub(super) fn release_later(self: &Arc<Self>, tenant: TenantId, request: RequestId, why: ReleaseReason) {
+        let state = Arc::clone(self);
+        let releasing = async move { release(&state, &tenant, &request, why).await };
+        self.tasks.spawn_on(releasing, &self.runtime);
+    }
+
     pub(super) fn open_count(&self) -> usize {
         self.open.lock().len()
     }
@@ -177,6 +195,7 @@ pub(super) struct OpenRequest {
     pub model: ModelId,
     pub arrived: Instant,
     ended: bool,
+    counted: bool,
 }
 
 /// How a request ended, as metrics name it.
@@ -210,7 +229,7 @@ impl OpenRequest {
         arrived: Instant,
     ) -> Self {
         state.open.lock().insert(request.clone(), tenant.clone());
-        Self { state, request, tenant, model, arrived, ended: false }
+        Self { state, request, tenant, model, arrived, ended: false, counted: false }
     }
 
     pub(super) fn state(&self) -> &Arc<EdgeState> {
@@ -219,19 +238,32 @@ impl OpenRequest {
 
     /// The worker's side has said its last word: nothing is left to give up.
     pub(super) fn end(&mut self, outcome: Outcome) {
-        if !self.ended {
-            self.ended = true;
+        self.ended = true;
+        self.count(outcome);
+    }
+
+    /// The edge gives it up: what the worker's side still has of it is withdrawn when this is dropped.
+    pub(super) fn give_up(&mut self, outcome: Outcome) {
+        self.count(outcome);
+    }
+
+    fn count(&mut self, outcome: Outcome) {
+        if !std::mem::replace(&mut self.counted, true) {
             self.state.metrics.requests.with_label_values(&[self.model.as_str(), outcome.as_str()]).inc();
         }
     }
 
-    /// The queue did not take it.
-    pub(super) async fn refuse(mut self, certain: bool) {
-        self.ended = true;
+    /// The queue did not take it, or may not have. Given back where it did, and a worker has even settled it.
+    pub(super) async fn refuse(mut self, certain: bool) -> Option<Self> {
         if !certain && let Err(error) = self.state.queue.withdraw(&self.model, &self.tenant, &self.request).await {
             tracing::warn!(%error, request = %self.request, "a request that may be queued was not withdrawn");
         }
-        release(&self.state, &self.tenant, &self.request, ReleaseReason::NotQueued).await;
+        let released = release(&self.state, &self.tenant, &self.request, ReleaseReason::NotQueued).await;
+        if !certain && released == Some(false) {
+            return Some(self);
+        }
+        self.ended = true;
+        None
     }
 }
 
@@ -242,13 +274,15 @@ impl Drop for OpenRequest {
         if self.ended {
             return;
         }
-        self.end(Outcome::Cancelled);
+        self.count(Outcome::Cancelled);
         let state = Arc::clone(&self.state);
         let (model, tenant, request) = (self.model.clone(), self.tenant.clone(), self.request.clone());
         self.state.tasks.spawn_on(
             async move {
                 match state.queue.withdraw(&model, &tenant, &request).await {
-                    Ok(true) => release(&state, &tenant, &request, ReleaseReason::Withdrawn).await,
+                    Ok(true) => {
+                        release(&state, &tenant, &request, ReleaseReason::Withdrawn).await;
+                    }
                     Ok(false) => {} // claimed; the worker settles it
                     Err(error) => tracing::warn!(%error, %request, "an abandoned request was not withdrawn"),
                 }
@@ -258,9 +292,8 @@ impl Drop for OpenRequest {
     }
 }
 
-/// Best effort: a hold that cannot be released now expires.
-async fn release(state: &EdgeState, tenant: &TenantId, request: &RequestId, why: ReleaseReason) {
-    if let Err(error) = state.ledger.release(tenant, request, why).await {
-        tracing::warn!(%error, %request, "a hold was not released; it will expire");
-    }
+/// Whether there was a hold to release. Best effort: one that cannot be released now expires.
+async fn release(state: &EdgeState, tenant: &TenantId, request: &RequestId, why: ReleaseReason) -> Option<bool> {
+    let released = state.ledger.release(tenant, request, why).await;
+    released.inspect_err(|error| tracing::warn!(%error, %request, "a hold was not released; it will expire")).ok()
 }

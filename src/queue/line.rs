@@ -158,8 +158,25 @@ impl Queue {
         // Whether the store was away is only known once it has answered.
         self.store.ping().await?;
         let claims_too = if self.store.connected_for() >= self.limits.claim_lease { "1" } else { "0" };
+        self.expire(model, claims_too, "0").await
+    }
+
+    /// Takes every job and claim of `model` out, whatever its lease says: for a node that knows that all who
+    /// used this store before it are dead.
+    pub async fn left_over(&self, model: &ModelId) -> Result<Vec<Claim>, StoreError> {
+        let mut all = Vec::new();
+        loop {
+            let some = self.expire(model, "1", "1").await?;
+            if some.is_empty() {
+                return Ok(all);
+            }
+            all.extend(some);
+        }
+    }
+
+    async fn expire(&self, model: &ModelId, claims_too: &str, all: &str) -> Result<Vec<Claim>, StoreError> {
         let limit = EXPIRED_PER_SWEEP.to_string();
-        let arguments = [limit.as_bytes(), claims_too.as_bytes()];
+        let arguments = [limit.as_bytes(), claims_too.as_bytes(), all.as_bytes()];
         let taken: Vec<(String, u32, Vec<u8>)> =
             self.store.call(Function::QueueExpire, &keys::queue(model), &arguments).await?;
         let mut expired = Vec::with_capacity(taken.len());

@@ -10,6 +10,7 @@ use redis::{
     io::tcp::TcpSettings,
 };
 
+use super::keys;
 use super::{Function, StoreError, Subscription, functions};
 
 /// Pause between attempts to reconnect. Small against a lease, so that owners return in time to renew.
@@ -74,6 +75,13 @@ impl Store {
     pub async fn now_unix_ms(&self) -> Result<u64, StoreError> {
         let (seconds, micros): (u64, u64) = self.query(&redis::cmd("TIME")).await?;
         Ok(seconds * 1000 + micros / 1000)
+    }
+
+    /// A random secret that all users of this store share: made by the first who asks.
+    pub async fn shared_secret(&self) -> Result<String, StoreError> {
+        let fresh = format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
+        self.query::<redis::Value>(redis::cmd("SET").arg(keys::RELAY_SECRET).arg(fresh).arg("NX")).await?;
+        self.query(redis::cmd("GET").arg(keys::RELAY_SECRET)).await
     }
 
     /// Notices that `channel` was published to, on a connection of its own that reconnects for ever.

@@ -257,8 +257,8 @@ impl Plan {
         // SAFETY: between fork and exec only async-signal-safe calls are made.
         unsafe {
             command.pre_exec(move || {
-                // A hard kill: everything that was acknowledged has been written to the file by then.
-                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                // Not a hard kill: a server that is told to end first writes what it still has in memory.
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 {
                     return Err(io::Error::last_os_error());
                 }
                 // The parent may have died before the line above.

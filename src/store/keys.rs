@@ -8,6 +8,9 @@ use crate::domain::{KeyId, ModelId, TenantId};
 /// Identifiers of all tenants, scored by time of creation. A tenant exists once it is listed here.
 pub const TENANTS: &str = "lc:tenants";
 
+/// Secret by which the nodes of one store know each other, where none is configured.
+pub const RELAY_SECRET: &str = "lc:relay-secret";
+
 /// Record of one API key, by the SHA-256 of its secret.
 pub fn api_key(secret_sha256: &str) -> String {
     format!("lc:key:{secret_sha256}")

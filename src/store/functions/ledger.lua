@@ -240,12 +240,13 @@ local function renew(keys, args)
 end
 
 local function sweep(keys, args)
-  local tenant, limit = args[1], args[2]
+  local tenant, limit, all = args[1], args[2], args[3] == '1'
   local fault = look_at(keys)
   if fault then
     return fault
   end
-  local expired = redis.call('ZRANGEBYSCORE', keys[LEASES], '-inf', whole(now_ms()), 'LIMIT', 0, limit)
+  local until_ms = all and '+inf' or whole(now_ms())
+  local expired = redis.call('ZRANGEBYSCORE', keys[LEASES], '-inf', until_ms, 'LIMIT', 0, limit)
   local swept = 0
   for _, request in ipairs(expired) do
     local released = release_one(keys, tenant, request, 'expired')

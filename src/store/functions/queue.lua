@@ -226,11 +226,12 @@ local function withdraw(keys, args)
   return {'withdrawn'}
 end
 
--- args: limit, and whether lapsed claims may be taken (1) or only requests past their deadline (0).
+-- args: limit, whether lapsed claims may be taken (1) or only requests past their deadline (0), and whether
+-- all claims and requests count as lapsed (1), because nobody is alive who could have them.
 -- Each answer is owner, attempt, payload; attempt 0 and no owner for one that was never claimed.
 local function queue_expire(keys, args)
   local limit, claims_too = args[1], args[2] == '1'
-  local now = whole(now_ms())
+  local now = args[3] == '1' and '+inf' or whole(now_ms())
   local expired = {}
   for _, request in ipairs(redis.call('ZRANGEBYSCORE', keys[DEADLINES], '-inf', now, 'LIMIT', 0, limit)) do
     local text = redis.call('HGET', keys[PLACES], request)
