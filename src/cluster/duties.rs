@@ -20,6 +20,8 @@ use crate::{
 /// Notices may be missed, so that the queue is looked at this often in any case.
 const POLL: Duration = Duration::from_millis(250);
 const STORE_AWAY_PAUSE: Duration = Duration::from_millis(500);
+/// The accounts are checked in every so many rounds of sweeping.
+const ROUNDS_PER_AUDIT: u64 = 8;
 const PANIC_PAUSE: Duration = Duration::from_secs(1);
 
 /// Runs a duty until `stop` or its own end, again after a panic.
@@ -141,7 +143,7 @@ pub async fn sweep(
     metrics: Arc<Metrics>,
     period: Duration,
 ) {
-    loop {
+    for round in 0u64.. {
         // Nodes spread over the period, so that they do not all sweep at once.
         sleep(period.mul_f64(rand::random_range(0.75..1.25))).await;
         for model in models.iter() {
@@ -160,6 +162,12 @@ pub async fn sweep(
                 metrics.expired_holds.inc_by(holds as u64);
             }
             Err(error) => tracing::warn!(%error, "cannot sweep holds"),
+        }
+        if round % ROUNDS_PER_AUDIT == 0 {
+            match ledger.imbalance().await {
+                Ok(imbalance) => metrics.ledger_imbalance_nano_usd.set(imbalance.nano()),
+                Err(error) => tracing::error!(%error, "cannot check the accounts"),
+            }
         }
     }
 }

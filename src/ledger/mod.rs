@@ -316,6 +316,19 @@ impl Ledger {
         })
     }
 
+    /// How far the accounts are from `grants = balance + holds + charges - refunds`, over all tenants and
+    /// without regard to sign. Looks at the accounts only; [`Ledger::verify`] re-adds the entries.
+    pub async fn imbalance(&self) -> Result<NanoUsd, LedgerError> {
+        let mut sum = NanoUsd::ZERO;
+        for tenant in &self.tenants().await? {
+            let Balance { balance, held, charged, granted, refunded } = self.balance(tenant).await?;
+            let explained = balance.checked_add(held)?.checked_add(charged)?.checked_sub(refunded)?;
+            let off = granted.checked_sub(explained)?;
+            sum = if off < NanoUsd::ZERO { sum.checked_sub(off)? } else { sum.checked_add(off)? };
+        }
+        Ok(sum)
+    }
+
     /// Entries of a tenant after entry number `after` (0 for the first), at most `limit` of them.
     pub async fn entries(&self, tenant: &TenantId, after: u64, limit: usize) -> Result<Vec<Entry>, LedgerError> {
         let raw = self.raw_entries(tenant, after, limit).await?;
