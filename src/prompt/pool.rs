@@ -24,9 +24,9 @@ pub struct PromptModel {
     pub context_tokens_max: usize,
 }
 
-/// Bytes of prompt for each token of context up to which all is counted. Text has some four bytes a
-/// token: what is longer is hopeless, and is only read as far as it takes to see that.
-const BYTES_PER_TOKEN_COUNTED: usize = 16;
+/// Bytes of prompt for each token of context up to which all is counted at once. Text has some four bytes a
+/// token: what is longer is probably hopeless, and is first read only as far as it takes to see that.
+const BYTES_PER_TOKEN_COUNTED: usize = 4;
 
 impl PromptModel {
     /// The template and the control tokens as the model's file has them.
@@ -68,7 +68,7 @@ impl PromptModel {
         for piece in pieces {
             let mut rest = piece.text();
             while !rest.is_empty() {
-                let (chunk, tail) = rest.split_at(cut(rest, context.saturating_mul(4).max(256)));
+                let (chunk, tail) = rest.split_at(cut(rest, context.max(256)));
                 count += self.encoder.encode(chunk, matches!(piece, Piece::Control(_)))?.len();
                 if count > context + context / 2 {
                     return Err(PromptError::TooLong { tokens: count, at_least: true, context });
