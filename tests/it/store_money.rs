@@ -192,6 +192,33 @@ async fn a_sweep_releases_only_holds_that_nobody_renewed() {
 }
 
 #[tokio::test]
+async fn holds_of_a_node_that_is_surely_dead_need_not_wait_for_their_leases() {
+    let house = House::with_balance(1_000_000).await;
+    let left = house.admit(10, 10).await.unwrap();
+    let settled = house.admit(10, 10).await.unwrap();
+    house.ledger.settle(&settlement(&settled, 3)).await.unwrap();
+    assert_eq!(house.ledger.sweep_expired_holds().await.unwrap(), 0, "no lease has run out");
+    assert_eq!(house.ledger.release_left_over_holds().await.unwrap(), 1);
+    assert_eq!(house.ledger.release_left_over_holds().await.unwrap(), 0);
+    assert_eq!(house.balance().await.held, NanoUsd::ZERO);
+    let late = house.ledger.settle(&settlement(&left, 3)).await;
+    assert!(matches!(late, Err(LedgerError::HoldExpired(_))));
+    house.assert_balanced().await;
+}
+
+#[tokio::test]
+async fn all_users_of_a_store_get_the_same_shared_secret() {
+    let house = House::with_balance(1_000).await;
+    let store = house.store.clone();
+    let secrets = at_once(8, |_| {
+        let store = store.clone();
+        async move { store.shared_secret().await.unwrap() }
+    })
+    .await;
+    assert!(secrets[0].len() >= 64 && secrets.iter().all(|secret| *secret == secrets[0]));
+}
+
+#[tokio::test]
 async fn one_sweep_ends_thousands_of_holds_of_many_tenants() {
     let house = House::with_balance(1_000_000_000).await;
     let other = house.another(1_000_000_000).await;

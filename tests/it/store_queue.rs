@@ -362,3 +362,20 @@ async fn nothing_is_left_in_the_store_when_everything_has_ended() {
     left.retain(|key| !key.ends_with(":meta") && !key.ends_with(":served"));
     assert_eq!(left, Vec::<String>::new());
 }
+
+#[tokio::test]
+async fn a_node_that_is_alone_takes_out_whatever_the_last_one_left_at_once() {
+    let valkey = Valkey::start();
+    let queue = queue_of(&valkey, 512, LONG).await;
+    for _ in 0..300 {
+        publish(&queue, &job("a", 5)).await;
+    }
+    let owner = NodeId::generate();
+    let claimed = queue.claim(&model(), &owner, 3).await.unwrap();
+    assert_eq!(queue.expired(&model()).await.unwrap(), [], "no lease or deadline has run out");
+    let left_over = queue.left_over(&model()).await.unwrap();
+    assert_eq!(left_over.len(), 300);
+    assert_eq!(left_over.iter().filter(|claim| claim.attempt == 1).count(), claimed.len());
+    assert_eq!(queue.depth(&model()).await.unwrap(), 0);
+    assert!(!queue.acknowledge(&model(), &owner, &claimed[0].job.request, 1, 5).await.unwrap());
+}

@@ -204,3 +204,13 @@ async fn verify_reads_ledgers_longer_than_one_page() {
     let page = house.ledger.entries(&house.tenant, 1199, 10).await.unwrap();
     assert_eq!(page.iter().map(|entry| entry.seq).collect::<Vec<_>>(), [1200, 1201]);
 }
+
+#[tokio::test]
+async fn the_imbalance_of_the_accounts_is_zero_until_somebody_changes_one() {
+    let house = furnished().await;
+    assert_eq!(house.ledger.imbalance().await.unwrap().nano(), 0);
+    account_add(&house, "balance", -70).await;
+    assert_eq!(house.ledger.imbalance().await.unwrap().nano(), 70);
+    account_add(&house, "balance", 100).await;
+    assert_eq!(house.ledger.imbalance().await.unwrap().nano(), 30);
+}
