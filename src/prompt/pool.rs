@@ -2,7 +2,8 @@
 //!
 //! Synchronous actors, so that a large prompt never stalls an HTTP event loop. At most `threads` prompts
 //! are worked on and `queue_max` wait; one more is refused at once, for a mailbox of synchronous actors
-//! is drained into an unbounded queue and so bounds nothing by itself.
+//! is drained into an unbounded queue and so bounds nothing by itself. A small prompt takes less time than
+//! the way to another thread and back, and is worked on where it arrives.
 
 use std::{
     collections::BTreeMap,
@@ -28,6 +29,11 @@ pub struct PromptModel {
 /// token: what is longer is probably hopeless, and is first read only as far as it takes to see that.
 const BYTES_PER_TOKEN_COUNTED: usize = 4;
 
+/// Bytes of messages that may be worked on by the event loop itself: some tens of microseconds.
+const SMALL_BYTES_MAX: usize = 1 << 10;
+/// Messages of such a prompt.
+const SMALL_MESSAGES_MAX: usize = 8;
+
 impl PromptModel {
     /// The template and the control tokens as the model's file has them.
     pub fn new(tokenizer: Arc<Tokenizer>, context_tokens_max: usize) -> Result<Self, PromptError> {
@@ -41,6 +47,11 @@ impl PromptModel {
 
     /// The prompt's token ids, fewer than the context, so that there is room for an answer.
     pub fn tokens(&self, messages: &[Message]) -> Result<Vec<u32>, PromptError> {
+        let context = self.context_tokens_max;
+        // Every message has a token at least, whatever is in it: the one that says who speaks.
+        if messages.len() >= context {
+            return Err(PromptError::TooLong { tokens: messages.len(), at_least: true, context });
+        }
         self.template.render(messages, |pieces| self.encode(pieces))?
     }
 
@@ -52,7 +63,10 @@ impl PromptModel {
         }
         let mut tokens = Vec::with_capacity(bytes / 4 + 16);
         for piece in pieces {
-            tokens.extend(self.encoder.encode(piece.text(), matches!(piece, Piece::Control(_)))?);
+            match piece {
+                Piece::Control(text) => tokens.push(self.control(text)?),
+                Piece::Text(text) => tokens.extend(self.encoder.encode(text)?),
+            }
         }
         if tokens.len() >= context {
             return Err(PromptError::TooLong { tokens: tokens.len(), at_least: false, context });
@@ -66,10 +80,16 @@ impl PromptModel {
         let context = self.context_tokens_max;
         let mut count = 0;
         for piece in pieces {
-            let mut rest = piece.text();
+            let mut rest = match piece {
+                Piece::Control(_) => {
+                    count += 1;
+                    continue;
+                }
+                Piece::Text(text) => text.as_ref(),
+            };
             while !rest.is_empty() {
                 let (chunk, tail) = rest.split_at(cut(rest, context.max(256)));
-                count += self.encoder.encode(chunk, matches!(piece, Piece::Control(_)))?.len();
+                count += self.encoder.encode(chunk)?.len();
                 if count > context + context / 2 {
                     return Err(PromptError::TooLong { tokens: count, at_least: true, context });
                 }
@@ -77,6 +97,10 @@ impl PromptModel {
             }
         }
         Ok(())
+    }
+
+    fn control(&self, text: &str) -> Result<u32, PromptError> {
+        self.encoder.control(text).ok_or_else(|| PromptError::Encode(format!("there is no control token `{text}`")))
     }
 }
 
@@ -102,6 +126,7 @@ impl Piece<'_> {
 /// A handle of the pool; cheap to clone.
 #[derive(Clone)]
 pub struct PromptPool {
+    models: Arc<BTreeMap<ModelId, PromptModel>>,
     address: Addr<Renderer>,
     places: Arc<Semaphore>,
 }
@@ -111,14 +136,18 @@ impl PromptPool {
     /// or the system stops.
     pub fn start(models: Arc<BTreeMap<ModelId, PromptModel>>, threads: usize, queue_max: usize) -> Self {
         let threads = threads.max(1);
+        let shared = Arc::clone(&models);
         let name = || std::thread::Builder::new().name("prompt".into());
         let address =
-            SyncArbiter::start_with_thread_builder(threads, name, move || Renderer { models: models.clone() });
-        Self { address, places: Arc::new(Semaphore::new(threads + queue_max)) }
+            SyncArbiter::start_with_thread_builder(threads, name, move || Renderer { models: shared.clone() });
+        Self { models, address, places: Arc::new(Semaphore::new(threads + queue_max)) }
     }
 
-    /// The prompt's token ids, and the messages dropped on the pool's thread.
+    /// The prompt's token ids, and the messages dropped where they were worked on.
     pub async fn tokens(&self, model: ModelId, messages: Vec<Message>) -> Result<Vec<u32>, PromptError> {
+        if is_small(&messages) {
+            return tokens(&self.models, &model, &messages);
+        }
         let place = self.places.clone().try_acquire_owned().map_err(|_| PromptError::Full)?;
         let answer = self.address.send(Render { model, messages, _place: place }).await;
         answer.unwrap_or_else(|error| Err(PromptError::Pool(error.to_string())))
@@ -153,18 +182,29 @@ impl Handler<Render> for Renderer {
     type Result = Result<Vec<u32>, PromptError>;
 
     fn handle(&mut self, task: Render, _: &mut Self::Context) -> Self::Result {
-        let Some(model) = self.models.get(&task.model) else {
-            return Err(PromptError::UnknownModel(task.model.to_string()));
-        };
-        // Nobody replaces a thread of this pool that has panicked.
-        catch_unwind(AssertUnwindSafe(|| model.tokens(&task.messages))).unwrap_or_else(|panic| {
-            let what = panic
-                .downcast_ref::<&str>()
-                .map(|text| (*text).to_owned())
-                .or_else(|| panic.downcast_ref::<String>().cloned());
-            Err(PromptError::Pool(what.unwrap_or_else(|| "panicked".to_owned())))
-        })
+        tokens(&self.models, &task.model, &task.messages)
     }
+}
+
+fn is_small(messages: &[Message]) -> bool {
+    let bytes = |message: &Message| message.content.len() + message.name.as_ref().map_or(0, String::len);
+    messages.len() <= SMALL_MESSAGES_MAX && messages.iter().map(bytes).sum::<usize>() <= SMALL_BYTES_MAX
+}
+
+fn tokens(
+    models: &BTreeMap<ModelId, PromptModel>,
+    model: &ModelId,
+    messages: &[Message],
+) -> Result<Vec<u32>, PromptError> {
+    let model = models.get(model).ok_or_else(|| PromptError::UnknownModel(model.to_string()))?;
+    // Nobody replaces a thread that has panicked.
+    catch_unwind(AssertUnwindSafe(|| model.tokens(messages))).unwrap_or_else(|panic| {
+        let what = panic
+            .downcast_ref::<&str>()
+            .map(|text| (*text).to_owned())
+            .or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(PromptError::Pool(what.unwrap_or_else(|| "panicked".to_owned())))
+    })
 }
 
 #[cfg(test)]
@@ -176,9 +216,13 @@ mod tests {
     struct Bytes;
 
     impl Encoder for Bytes {
-        fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, PromptError> {
+        fn encode(&self, text: &str) -> Result<Vec<u32>, PromptError> {
             assert!(!text.contains("panic"), "asked to panic");
-            Ok(if specials { vec![1000] } else { text.bytes().map(u32::from).collect() })
+            Ok(text.bytes().map(u32::from).collect())
+        }
+
+        fn control(&self, _: &str) -> Option<u32> {
+            Some(1000)
         }
     }
 
@@ -216,6 +260,13 @@ mod tests {
     }
 
     #[test]
+    fn more_messages_than_the_context_has_tokens_are_not_even_rendered() {
+        let messages: Vec<_> = (0..1000).flat_map(|_| user("")).collect();
+        let expected = PromptError::TooLong { tokens: 1000, at_least: true, context: 1000 };
+        assert_eq!(model(1000).tokens(&messages), Err(expected));
+    }
+
+    #[test]
     fn chunks_join_to_the_text() {
         for text in ["añb ".repeat(300), "é".repeat(999), " ".repeat(1000), "x".repeat(777)] {
             let mut rest = text.as_str();
@@ -235,8 +286,10 @@ mod tests {
         actix::System::new().block_on(async {
             let id = ModelId::from("m");
             let pool = PromptPool::start(Arc::new(BTreeMap::from([(id.clone(), model(100))])), 1, 1);
-            let failed = pool.tokens(id.clone(), user("panic")).await;
-            assert!(matches!(failed, Err(PromptError::Pool(_))), "{failed:?}");
+            for text in ["panic".to_owned(), "panic".repeat(SMALL_BYTES_MAX)] {
+                let failed = pool.tokens(id.clone(), user(&text)).await;
+                assert!(matches!(failed, Err(PromptError::Pool(_))), "{failed:?}");
+            }
             assert_eq!(pool.tokens(id.clone(), user("a")).await, Ok(vec![1000, 97]));
             assert!(matches!(pool.tokens("other".into(), user("a")).await, Err(PromptError::UnknownModel(_))));
         });

@@ -15,14 +15,20 @@ use super::{PromptError, Tokenizer};
 
 /// What this room needs of a tokeniser.
 pub trait Encoder: Send + Sync {
-    /// The token ids of `text`. With `specials`, texts of control tokens become those; without, they are
-    /// spelled out like any other text.
-    fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, PromptError>;
+    /// The token ids of `text`. Texts of control tokens are spelled out like any other text.
+    fn encode(&self, text: &str) -> Result<Vec<u32>, PromptError>;
+
+    /// The control token of exactly this text.
+    fn control(&self, text: &str) -> Option<u32>;
 }
 
 impl Encoder for Tokenizer {
-    fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, PromptError> {
-        Self::encode(self, text, specials).map_err(|error| PromptError::Encode(error.to_string()))
+    fn encode(&self, text: &str) -> Result<Vec<u32>, PromptError> {
+        Self::encode(self, text, false).map_err(|error| PromptError::Encode(error.to_string()))
+    }
+
+    fn control(&self, text: &str) -> Option<u32> {
+        Self::control(self, text)
     }
 }
 

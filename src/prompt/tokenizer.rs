@@ -3,7 +3,7 @@
 //! Never turns a user's text into control tokens: that is what [`Tokenizer::encode`] with `specials`
 //! false promises, whatever the text spells.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use tokenizers::{
     AddedToken, PreTokenizerWrapper,
@@ -42,6 +42,7 @@ pub struct Tokenizer {
     with_specials: Bpe,
     /// Does not: for what users write.
     plain: Bpe,
+    control: HashMap<String, u32>,
     vocabulary: Arc<Vocabulary>,
 }
 
@@ -51,7 +52,15 @@ impl Tokenizer {
         plain.add_tokens(&added(&vocabulary, TokenKind::UserDefined));
         let mut with_specials = plain.clone();
         with_specials.add_special_tokens(&added(&vocabulary, TokenKind::Control));
-        Ok(Self { with_specials, plain, vocabulary })
+        let kinds = vocabulary.kinds.iter().zip(&vocabulary.tokens).zip(0u32..);
+        let control = kinds.filter(|((kind, _), _)| **kind == TokenKind::Control);
+        let control = control.map(|((_, text), id)| (text.clone(), id)).collect();
+        Ok(Self { with_specials, plain, control, vocabulary })
+    }
+
+    /// The control token of exactly this text.
+    pub fn control(&self, text: &str) -> Option<u32> {
+        self.control.get(text).copied()
     }
 
     /// Token ids of `text`. With `specials`, control tokens spelled in the text become those tokens.
