@@ -29,6 +29,10 @@ pub struct PromptModel {
 /// token: what is longer is probably hopeless, and is first read only as far as it takes to see that.
 const BYTES_PER_TOKEN_COUNTED: usize = 4;
 
+/// Bytes that are counted at once. Small, so that a long run of one letter, which tokenisers find hardest, is
+/// many times the same chunk.
+const CHUNK_BYTES: usize = 256;
+
 /// Bytes of messages that may be worked on by the event loop itself: some tens of microseconds.
 const SMALL_BYTES_MAX: usize = 1 << 10;
 /// Messages of such a prompt.
@@ -79,6 +83,7 @@ impl PromptModel {
     fn refuse_the_hopeless(&self, pieces: &[Piece]) -> Result<(), PromptError> {
         let context = self.context_tokens_max;
         let mut count = 0;
+        let mut last = ("", 0);
         for piece in pieces {
             let mut rest = match piece {
                 Piece::Control(_) => {
@@ -88,8 +93,11 @@ impl PromptModel {
                 Piece::Text(text) => text.as_ref(),
             };
             while !rest.is_empty() {
-                let (chunk, tail) = rest.split_at(cut(rest, context.max(256)));
-                count += self.encoder.encode(chunk)?.len();
+                let (chunk, tail) = rest.split_at(cut(rest, CHUNK_BYTES));
+                if chunk != last.0 {
+                    last = (chunk, self.encoder.encode(chunk)?.len());
+                }
+                count += last.1;
                 if count > context + context / 2 {
                     return Err(PromptError::TooLong { tokens: count, at_least: true, context });
                 }
