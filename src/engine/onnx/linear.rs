@@ -176,27 +176,37 @@ impl Layout {
         assert!(rows.scales.len() == rows.count * self.inputs / BLOCK * 2);
         assert!(target.residual.is_none_or(|r| r.len() == rows.count * self.outputs));
         let kernel = *KERNEL;
+        let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
         for panel in &self.panels[panels] {
             let bytes = &weights[panel.offset..][..panel.block_bytes() * (self.inputs / BLOCK)];
             let job = Job { bytes, planes: panel.planes, inputs: self.inputs, rows };
             let mut row = 0;
             while row < rows.count {
-                let (done, sums) = job.tile(kernel, row);
+                let done = job.tile(kernel, row, &mut sums);
                 for (i, sums) in sums[..done].iter().enumerate() {
                     let at = (row + i) * self.outputs + panel.column;
                     // SAFETY: within the target, by the caller's promise, and nobody else's.
                     let out = unsafe { std::slice::from_raw_parts_mut(target.data.add(at), panel.columns) };
-                    match target.residual {
-                        None => out.copy_from_slice(&sums[..panel.columns]),
-                        Some(residual) => {
-                            let residual = &residual[at..][..panel.columns];
-                            for ((out, sum), x) in out.iter_mut().zip(sums).zip(residual) {
-                                *out = sum + x;
-                            }
-                        }
+                    let residual = target.residual.map(|residual| &residual[at..][..panel.columns]);
+                    match out.as_mut_array::<PANEL>() {
+                        Some(out) => write(out, sums, residual),
+                        None => write(out, sums, residual),
                     }
                 }
                 row += done;
+            }
+        }
+    }
+}
+
+/// The sums, and plus the residual. Of a constant length where it is inlined for a whole panel.
+#[inline(always)]
+fn write(out: &mut [f32], sums: &[f32], residual: Option<&[f32]>) {
+    match residual {
+        None => out.iter_mut().zip(sums).for_each(|(out, sum)| *out = *sum),
+        Some(residual) => {
+            for ((out, sum), x) in out.iter_mut().zip(sums).zip(residual) {
+                *out = sum + x;
             }
         }
     }
@@ -215,19 +225,17 @@ const TILE_ROWS_MAX: usize = 8;
 type Sums = [[f32; PANEL]; TILE_ROWS_MAX];
 
 impl Job<'_> {
-    /// Computes some rows from `row` on; how many, and their sums.
-    fn tile(&self, kernel: KernelKind, row: usize) -> (usize, Sums) {
-        let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
-        let count = match kernel {
-            KernelKind::Plain => plain::tile(self, row, &mut sums),
+    /// Writes the sums of some rows from `row` on; how many.
+    fn tile(&self, kernel: KernelKind, row: usize, sums: &mut Sums) -> usize {
+        match kernel {
+            KernelKind::Plain => plain::tile(self, row, sums),
             // SAFETY: the kernel was chosen because the machine has its instructions.
             #[cfg(target_arch = "x86_64")]
-            KernelKind::Avx2 => unsafe { avx2::tile(self, row, &mut sums) },
+            KernelKind::Avx2 => unsafe { avx2::tile(self, row, sums) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            KernelKind::Avx512Vnni => unsafe { avx512::tile(self, row, &mut sums) },
-        };
-        (count, sums)
+            KernelKind::Avx512Vnni => unsafe { avx512::tile(self, row, sums) },
+        }
     }
 
     /// Row `row`'s quants and scales.
@@ -296,10 +304,10 @@ fn agrees_with_plain(kernel: KernelKind) -> bool {
             let rows = Rows { count, quants: &quants, scales: &scales };
             let job = Job { bytes: &bytes, planes, inputs, rows };
             let mut row = 0;
+            let (mut sums, mut expected) = ([[0.0; PANEL]; TILE_ROWS_MAX], [[0.0; PANEL]; TILE_ROWS_MAX]);
             while row < count {
-                let (done, sums) = job.tile(kernel, row);
+                let done = job.tile(kernel, row, &mut sums);
                 for (i, sums) in sums[..done].iter().enumerate() {
-                    let mut expected = [[0.0; PANEL]; TILE_ROWS_MAX];
                     plain::tile(&job, row + i, &mut expected);
                     if sums.map(f32::to_bits) != expected[0].map(f32::to_bits) {
                         return false;
@@ -352,7 +360,8 @@ mod tests {
         let sum = |b: usize| quants[b * 32..][..32].iter().map(|q| f32::from(*q)).sum::<f32>();
         let scales = [0.25, 0.25 * sum(0), 2.0, 2.0 * sum(1)];
         let rows = Rows { count: 1, quants: &quants, scales: &scales };
-        let (_, sums) = Job { bytes: &panel, planes: 2, inputs: 64, rows }.tile(*KERNEL, 0);
+        let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
+        Job { bytes: &panel, planes: 2, inputs: 64, rows }.tile(*KERNEL, 0, &mut sums);
         for (lane, sum) in sums[0].iter().enumerate() {
             let mut expected = 0.0;
             for (b, scale) in [0.25f64, 2.0].into_iter().enumerate() {

@@ -31,9 +31,14 @@ pub(super) fn tile(job: &Job, row: usize, sums: &mut Sums) -> usize {
     }
 }
 
+// Indices rather than iterators and closures: those are compiled for any machine and would not be inlined.
+#[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn rows<const PLANES: usize, const R: usize>(job: &Job, row: usize, sums: &mut Sums) -> usize {
-    let rows: [_; R] = std::array::from_fn(|r| job.row(row + r));
+    let mut rows = [(std::ptr::null(), std::ptr::null()); R];
+    for r in 0..R {
+        rows[r] = job.row(row + r);
+    }
     let (blocks, bytes) = (job.blocks(), PLANES * PLANE_BYTES + TAIL_BYTES);
     assert!(job.bytes.len() == blocks * bytes);
     let ones = _mm256_set1_epi16(1);
@@ -42,12 +47,23 @@ fn rows<const PLANES: usize, const R: usize>(job: &Job, row: usize, sums: &mut S
         // SAFETY: the panel has as many blocks, and so has every row.
         unsafe {
             let at = job.bytes.as_ptr().add(block * bytes);
-            let quants: [*const i8; R] = std::array::from_fn(|r| rows[r].0.add(block * BLOCK));
-            let mut products = dot(at, quants).map(|pair| pair.map(|x| _mm256_madd_epi16(x, ones)));
+            let mut quants = [std::ptr::null(); R];
+            for r in 0..R {
+                quants[r] = rows[r].0.add(block * BLOCK);
+            }
+            let mut products = dot(at, quants);
+            for r in 0..R {
+                for half in 0..2 {
+                    products[r][half] = _mm256_madd_epi16(products[r][half], ones);
+                }
+            }
             if PLANES == 2 {
-                let high = dot(at.add(PLANE_BYTES), quants).map(|pair| pair.map(|x| _mm256_madd_epi16(x, ones)));
-                for (low, high) in products.as_flattened_mut().iter_mut().zip(high.as_flattened()) {
-                    *low = _mm256_add_epi32(*low, _mm256_slli_epi32::<4>(*high));
+                let high = dot(at.add(PLANE_BYTES), quants);
+                for r in 0..R {
+                    for half in 0..2 {
+                        let sixteenth = _mm256_madd_epi16(high[r][half], ones);
+                        products[r][half] = _mm256_add_epi32(products[r][half], _mm256_slli_epi32::<4>(sixteenth));
+                    }
                 }
             }
             let tail = at.add(PLANES * PLANE_BYTES);
@@ -64,10 +80,10 @@ fn rows<const PLANES: usize, const R: usize>(job: &Job, row: usize, sums: &mut S
             }
         }
     }
-    for (sums, totals) in sums.iter_mut().zip(totals) {
-        for (half, total) in totals.into_iter().enumerate() {
+    for r in 0..R {
+        for half in 0..2 {
             // SAFETY: sixteen numbers, in two halves.
-            unsafe { _mm256_storeu_ps(sums.as_mut_ptr().add(8 * half), total) };
+            unsafe { _mm256_storeu_ps(sums[r].as_mut_ptr().add(8 * half), totals[r][half]) };
         }
     }
     R
@@ -78,7 +94,8 @@ fn rows<const PLANES: usize, const R: usize>(job: &Job, row: usize, sums: &mut S
 /// # Safety
 /// A plane's codes stand at `codes`, and a block's quants at each of `quants`.
 #[inline]
-#[target_feature(enable = "avx2")]
+#[allow(clippy::needless_range_loop)]
+#[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn dot<const R: usize>(codes: *const u8, quants: [*const i8; R]) -> [[__m256i; 2]; R] {
     let mask = _mm256_set1_epi8(15);
     let mut sums = [[_mm256_setzero_si256(); 2]; R];
@@ -88,10 +105,10 @@ unsafe fn dot<const R: usize>(codes: *const u8, quants: [*const i8; R]) -> [[__m
             let packed = _mm256_loadu_si256(codes.add(32 * k).cast());
             let low = _mm256_and_si256(packed, mask);
             let high = _mm256_and_si256(_mm256_srli_epi16::<4>(packed), mask);
-            for (sums, quants) in sums.iter_mut().zip(quants) {
-                let four = _mm256_set1_epi32(quants.add(4 * k).cast::<i32>().read_unaligned());
-                sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(low, four));
-                sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(high, four));
+            for r in 0..R {
+                let four = _mm256_set1_epi32(quants[r].add(4 * k).cast::<i32>().read_unaligned());
+                sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_maddubs_epi16(low, four));
+                sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_maddubs_epi16(high, four));
             }
         }
     }

@@ -26,9 +26,14 @@ pub(super) fn tile(job: &Job, row: usize, sums: &mut Sums) -> usize {
     }
 }
 
+// Indices rather than iterators and closures: those are compiled for any machine and would not be inlined.
+#[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 fn rows<const PLANES: usize, const R: usize>(job: &Job, row: usize, sums: &mut Sums) -> usize {
-    let rows: [_; R] = std::array::from_fn(|r| job.row(row + r));
+    let mut rows = [(std::ptr::null(), std::ptr::null()); R];
+    for r in 0..R {
+        rows[r] = job.row(row + r);
+    }
     let (blocks, bytes) = (job.blocks(), PLANES * PLANE_BYTES + TAIL_BYTES);
     assert!(job.bytes.len() == blocks * bytes);
     let mut totals: [__m512; R] = [_mm512_setzero_ps(); R];
@@ -36,11 +41,15 @@ fn rows<const PLANES: usize, const R: usize>(job: &Job, row: usize, sums: &mut S
         // SAFETY: the panel has as many blocks, and so has every row.
         unsafe {
             let at = job.bytes.as_ptr().add(block * bytes);
-            let quants: [*const i8; R] = std::array::from_fn(|r| rows[r].0.add(block * BLOCK));
+            let mut quants = [std::ptr::null(); R];
+            for r in 0..R {
+                quants[r] = rows[r].0.add(block * BLOCK);
+            }
             let mut products = dot(at, quants);
             if PLANES == 2 {
-                for (low, high) in products.iter_mut().zip(dot(at.add(PLANE_BYTES), quants)) {
-                    *low = _mm512_add_epi32(*low, _mm512_slli_epi32::<4>(high));
+                let high = dot(at.add(PLANE_BYTES), quants);
+                for r in 0..R {
+                    products[r] = _mm512_add_epi32(products[r], _mm512_slli_epi32::<4>(high[r]));
                 }
             }
             let tail = at.add(PLANES * PLANE_BYTES);
@@ -54,9 +63,9 @@ fn rows<const PLANES: usize, const R: usize>(job: &Job, row: usize, sums: &mut S
             }
         }
     }
-    for (sums, total) in sums.iter_mut().zip(totals) {
+    for r in 0..R {
         // SAFETY: sixteen numbers.
-        unsafe { _mm512_storeu_ps(sums.as_mut_ptr(), total) };
+        unsafe { _mm512_storeu_ps(sums[r].as_mut_ptr(), totals[r]) };
     }
     R
 }
@@ -66,6 +75,7 @@ fn rows<const PLANES: usize, const R: usize>(job: &Job, row: usize, sums: &mut S
 /// # Safety
 /// A plane's codes stand at `codes`, and a block's quants at each of `quants`.
 #[inline]
+#[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn dot<const R: usize>(codes: *const u8, quants: [*const i8; R]) -> [__m512i; R] {
     let mask = _mm512_set1_epi8(15);
@@ -77,9 +87,9 @@ unsafe fn dot<const R: usize>(codes: *const u8, quants: [*const i8; R]) -> [__m5
         unsafe {
             let packed = _mm512_broadcast_i64x4(_mm256_loadu_si256(codes.add(32 * k).cast()));
             let codes = _mm512_and_si512(_mm512_srlv_epi64(packed, shifts), mask);
-            for (sum, quants) in sums.iter_mut().zip(quants) {
-                let four = _mm512_set1_epi32(quants.add(4 * k).cast::<i32>().read_unaligned());
-                *sum = _mm512_dpbusd_epi32(*sum, codes, four);
+            for r in 0..R {
+                let four = _mm512_set1_epi32(quants[r].add(4 * k).cast::<i32>().read_unaligned());
+                sums[r] = _mm512_dpbusd_epi32(sums[r], codes, four);
             }
         }
     }

@@ -9,6 +9,7 @@ use crate::model::BLOCK;
 pub(super) fn tile(job: &Job, row: usize, sums: &mut Sums) -> usize {
     let quants = &job.rows.quants[row * job.inputs..][..job.inputs];
     let scales = &job.rows.scales[row * job.blocks() * 2..][..job.blocks() * 2];
+    sums[0].fill(0.0);
     let blocks = job.bytes.chunks_exact(job.bytes.len() / job.blocks());
     for ((block, quants), scales) in blocks.zip(quants.as_chunks::<BLOCK>().0).zip(scales.as_chunks::<2>().0) {
         let (codes, tail) = block.split_at(job.planes * PLANE_BYTES);
