@@ -84,6 +84,7 @@ impl OnnxModel {
             params: params.clone(),
             angles: Shared::angles(params, context_tokens),
             layouts,
+            threads: runtime.options.threads,
         });
         let session = session(runtime, &shared, tensors)?;
         file.gguf.release_pages();
