@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     admission::{AdmitError, Ask, Principal, Scope},
-    domain::{EventBody, FailureCode, FinishReason, Job, ModelId, RequestId, SamplingParams, Usage},
+    domain::{EventBody, FailureCode, FinishReason, Job, ModelId, Priority, RequestId, SamplingParams, Usage},
     ledger::ReleaseReason,
     queue::{PublishError, ReplyStream},
     store::StoreError,
@@ -182,6 +182,7 @@ async fn open(
         sampling: wanted.sampling,
         stop: wanted.stop,
         ignore_eos: wanted.ignore_eos,
+        priority: Priority::default(),
         price: admitted.price(),
         price_version: admitted.price_version().to_owned(),
         hold: admitted.hold(),

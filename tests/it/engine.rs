@@ -3,10 +3,10 @@
 use std::{collections::HashMap, sync::Arc};
 
 use lightcone::{
-    domain::{FinishReason, ModelId, RequestId, SamplingParams, Usage},
+    domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, Usage},
     engine::{
         self, Backend, Batch, BatchSequence, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec,
-        Forward,
+        Forward, Speculation,
         onnx::{OnnxModel, reference::Reference},
     },
     prompt::Tokenizer,
@@ -102,6 +102,8 @@ fn spawn(sequences_max: usize, step_tokens_max: usize, kv_mib: usize) -> Served 
         step_tokens_max,
         kv_block_tokens: 16,
         kv_memory_bytes: kv_mib << 20,
+        prefix_cache: true,
+        speculation: Speculation::Auto,
     };
     Served { handle: engine::spawn(spec, sink, Arc::new(Metrics::new())).unwrap(), events }
 }
@@ -116,6 +118,9 @@ fn request(id: &str, text: &str, output_tokens_max: u32) -> EngineRequest {
         sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 },
         stop: vec![],
         ignore_eos: false,
+        priority: Priority::Normal,
+        lane: "tenant".into(),
+        cache_salt: vec![],
     }
 }
 

@@ -1,0 +1,222 @@
+//! What a step costs, learnt from the steps themselves. Pure: measured times are arguments.
+//!
+//! A step's time is taken to be a sum: a part that every step costs, and parts for its rows, for the rows
+//! whose logits are wanted, and for the tokens that attention reads. The four factors are fitted to the last
+//! few dozen steps by least squares with fading memory; where these say nothing about a factor it stays what
+//! it was. Only decides how much goes into a step, never what comes out of it.
+
+/// A step that decodes and catches up takes at most so many times what decoding alone would take. Streams
+/// are promised twice; the rest is for what the fit does not know.
+const MIXED_RATIO_MAX: f64 = 1.7;
+/// Rows that catch up in any case, so that a prompt gets on beside any number of streams.
+const CHUNK_TOKENS_MIN: usize = 4;
+/// What one step's measurement weighs after the next one.
+const MEMORY: f64 = 0.97;
+/// How much the factors resist what few steps say.
+const STIFFNESS: f64 = 0.02;
+/// Measured times count up to so many times what was expected: a step may be interrupted.
+const SURPRISE_MAX: f64 = 3.0;
+
+const FACTORS: usize = 4;
+
+/// What a step has to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Load {
+    pub rows: usize,
+    pub logits_rows: usize,
+    /// Tokens that attention reads, summed over the rows.
+    pub reads: usize,
+}
+
+impl Load {
+    /// Adds `rows` rows of a sequence, the first of them at `position`.
+    pub fn add(&mut self, position: usize, rows: usize, logits_rows: usize) {
+        self.rows += rows;
+        self.logits_rows += logits_rows;
+        self.reads += rows * position + rows * (rows + 1) / 2;
+    }
+
+    /// In units that make the factors alike in size.
+    fn features(&self) -> [f64; FACTORS] {
+        [1.0, self.rows as f64 / 8.0, self.logits_rows as f64 / 8.0, self.reads as f64 / 8192.0]
+    }
+}
+
+#[derive(Default)]
+pub struct Pace {
+    factors: [f64; FACTORS],
+    /// Faded sums of the products of features, and of features and times.
+    products: [[f64; FACTORS]; FACTORS],
+    times: [f64; FACTORS],
+    steps: u64,
+}
+
+impl Pace {
+    /// Notes that a step took `ms`.
+    pub fn observe(&mut self, load: Load, ms: f64) {
+        let features = load.features();
+        let mut ms = ms.max(1e-6);
+        if self.steps == 0 {
+            // Any guess will do: rows cost a tenth of a step each, until it is known better.
+            let guess = [1.0, 0.8, 0.2, 0.4];
+            let unit = ms / dot(&guess, &features);
+            self.factors = guess.map(|factor| factor * unit);
+        } else if self.steps > 8 {
+            ms = ms.min(SURPRISE_MAX * self.expected_ms(load));
+        }
+        self.steps += 1;
+        for i in 0..FACTORS {
+            self.times[i] = self.times[i] * MEMORY + features[i] * ms;
+            for j in 0..FACTORS {
+                self.products[i][j] = self.products[i][j] * MEMORY + features[i] * features[j];
+            }
+        }
+        let mut matrix = self.products;
+        let mut right = self.times;
+        for i in 0..FACTORS {
+            matrix[i][i] += STIFFNESS;
+            right[i] += STIFFNESS * self.factors[i];
+        }
+        self.factors = solve(matrix, right);
+        // More work never takes less time, and no step is free.
+        let least = 1e-3 * self.expected_ms(Load::default()).abs().max(1e-6);
+        self.factors = self.factors.map(|factor| if factor.is_finite() { factor.max(least) } else { least });
+    }
+
+    fn expected_ms(&self, load: Load) -> f64 {
+        dot(&self.factors, &load.features())
+    }
+
+    /// How many rows at `position` may catch up beside `decodes`.
+    pub fn chunk_tokens(&self, decodes: Load, position: usize) -> usize {
+        if self.steps == 0 {
+            return CHUNK_TOKENS_MIN;
+        }
+        let spare = (MIXED_RATIO_MAX - 1.0) * self.expected_ms(decodes);
+        let each = self.row_ms(position, 0);
+        ((spare / each) as usize).max(CHUNK_TOKENS_MIN)
+    }
+
+    /// What verifying one more draft at `position` costs, as a part of the step with `decodes`; 1 is a step.
+    pub fn draft_price(&self, decodes: Load, position: usize) -> f64 {
+        if self.steps == 0 {
+            return 1.0;
+        }
+        self.row_ms(position, 1) / self.expected_ms(decodes)
+    }
+
+    fn row_ms(&self, position: usize, logits_rows: usize) -> f64 {
+        let mut row = Load::default();
+        row.add(position, 1, logits_rows);
+        self.expected_ms(row) - self.factors[0]
+    }
+}
+
+fn dot(a: &[f64; FACTORS], b: &[f64; FACTORS]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// Solves `matrix * x = right`, for a matrix that is symmetric and positive: elimination needs no pivots.
+fn solve(mut matrix: [[f64; FACTORS]; FACTORS], mut right: [f64; FACTORS]) -> [f64; FACTORS] {
+    for i in 0..FACTORS {
+        for below in i + 1..FACTORS {
+            let factor = matrix[below][i] / matrix[i][i];
+            for j in i..FACTORS {
+                matrix[below][j] -= factor * matrix[i][j];
+            }
+            right[below] -= factor * right[i];
+        }
+    }
+    let mut x = [0.0; FACTORS];
+    for i in (0..FACTORS).rev() {
+        let known: f64 = (i + 1..FACTORS).map(|j| matrix[i][j] * x[j]).sum();
+        x[i] = (right[i] - known) / matrix[i][i];
+    }
+    x
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Milliseconds of a machine that wastes less the more rows there are.
+    fn machine(load: Load, slowness: f64) -> f64 {
+        let rows = load.rows as f64;
+        slowness * (8.0 + 1.4 * rows.powf(0.85) + 0.15 * load.logits_rows as f64 + load.reads as f64 / 15_000.0)
+    }
+
+    fn decodes(sequences: usize, context: usize) -> Load {
+        let mut load = Load::default();
+        (0..sequences).for_each(|_| load.add(context, 1, 1));
+        load
+    }
+
+    /// Runs streams for a while, then a prompt of 4,000 tokens beside them, and answers with how many times
+    /// as long as a step without it the slowest one of its steps was, but for the first few.
+    fn worst_ratio(pace: &mut Pace, sequences: usize, slowness: f64) -> f64 {
+        for step in 0..30 {
+            let load = decodes(sequences, 100 + step);
+            pace.observe(load, machine(load, slowness));
+        }
+        let (mut position, mut worst, mut steps) = (0, 0f64, 0);
+        while position < 4000 {
+            let alone = decodes(sequences, 130 + steps);
+            let rows = pace.chunk_tokens(alone, position).min(64).min(4000 - position);
+            let mut load = alone;
+            load.add(position, rows, 0);
+            pace.observe(load, machine(load, slowness));
+            if steps > 3 {
+                worst = worst.max(machine(load, slowness) / machine(alone, slowness));
+            }
+            (position, steps) = (position + rows, steps + 1);
+        }
+        worst
+    }
+
+    #[test]
+    fn a_step_beside_which_a_long_prompt_catches_up_is_hardly_longer() {
+        for sequences in [1, 2, 8, 32] {
+            let worst = worst_ratio(&mut Pace::default(), sequences, 1.0);
+            assert!(worst < 1.9, "{sequences} streams: {worst}");
+        }
+    }
+
+    #[test]
+    fn a_machine_that_gets_slower_or_faster_changes_nothing() {
+        let mut pace = Pace::default();
+        for slowness in [1.0, 4.0, 0.5] {
+            let worst = worst_ratio(&mut pace, 4, slowness);
+            assert!(worst < 1.9, "{slowness}: {worst}");
+        }
+    }
+
+    #[test]
+    fn a_prompt_always_gets_on_and_makes_use_of_what_is_there() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.chunk_tokens(decodes(1, 10), 0), CHUNK_TOKENS_MIN);
+        worst_ratio(&mut pace, 1, 1.0);
+        assert!(pace.chunk_tokens(decodes(1, 100), 0) >= CHUNK_TOKENS_MIN);
+        worst_ratio(&mut pace, 32, 1.0);
+        assert!(pace.chunk_tokens(decodes(32, 100), 0) > 16);
+    }
+
+    #[test]
+    fn a_draft_is_cheap_beside_one_stream_and_dear_beside_many() {
+        let mut pace = Pace::default();
+        worst_ratio(&mut pace, 1, 1.0);
+        let one = pace.draft_price(decodes(1, 100), 100);
+        worst_ratio(&mut pace, 32, 1.0);
+        let many = 32.0 * pace.draft_price(decodes(32, 100), 100);
+        assert!(one > 0.02 && one < 0.25 && many > 0.4 && many > 2.0 * one, "{one} {many}");
+    }
+
+    #[test]
+    fn an_interruption_is_not_taken_for_the_rule() {
+        let mut pace = Pace::default();
+        worst_ratio(&mut pace, 4, 1.0);
+        let before = pace.chunk_tokens(decodes(4, 100), 500);
+        pace.observe(decodes(4, 100), 10_000.0);
+        let after = pace.chunk_tokens(decodes(4, 100), 500);
+        assert!(after <= before * 2, "{before} {after}");
+    }
+}
