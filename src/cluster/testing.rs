@@ -22,6 +22,7 @@ pub fn job(request: &str, edge: &str) -> Job {
         sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 },
         stop: Vec::new(),
         ignore_eos: true,
+        cache_salt: String::new(),
         priority: Priority::default(),
         price,
         price_version: "test".into(),

@@ -57,6 +57,8 @@ pub struct Job {
     pub sampling: SamplingParams,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
+    /// Of the tenant's requests, only those of one salt share what has been computed of their prompts.
+    pub cache_salt: String,
     pub priority: Priority,
     pub price: Price,
     pub price_version: String,

@@ -3,7 +3,9 @@
 //! A step's time is taken to be a sum: a part that every step costs, and parts for its rows, for the rows
 //! whose logits are wanted, and for the tokens that attention reads. The four factors are fitted to the last
 //! few dozen steps by least squares with fading memory; where these say nothing about a factor it stays what
-//! it was. Only decides how much goes into a step, never what comes out of it.
+//! it was. How busy the machine is at the moment is followed apart from that: it makes all steps longer alike,
+//! and only what steps cost compared with each other counts here. Only decides how much goes into a step,
+//! never what comes out of it.
 
 /// A step that decodes and catches up takes at most so many times what decoding alone would take. Streams
 /// are promised twice; the rest is for what the fit does not know.
@@ -13,9 +15,13 @@ const CHUNK_TOKENS_MIN: usize = 4;
 /// What one step's measurement weighs after the next one.
 const MEMORY: f64 = 0.97;
 /// How much the factors resist what few steps say.
-const STIFFNESS: f64 = 0.02;
-/// Measured times count up to so many times what was expected: a step may be interrupted.
-const SURPRISE_MAX: f64 = 3.0;
+const STIFFNESS: f64 = 0.2;
+/// What the last step weighs in how busy the machine is.
+const FOLLOWING: f64 = 0.25;
+/// Times count as at most so many times longer or shorter than expected: a step may be interrupted.
+const SURPRISE_MAX: f64 = 1.5;
+/// Eight rows cost at least this part of what every step costs, whatever the fit says.
+const ROWS_COST_MIN: f64 = 0.05;
 
 const FACTORS: usize = 4;
 
@@ -42,31 +48,39 @@ impl Load {
     }
 }
 
-#[derive(Default)]
 pub struct Pace {
     factors: [f64; FACTORS],
+    /// Measured times over fitted ones, lately.
+    busyness: f64,
     /// Faded sums of the products of features, and of features and times.
     products: [[f64; FACTORS]; FACTORS],
     times: [f64; FACTORS],
+    /// Rows of the largest of the last steps.
+    rows_seen: f64,
     steps: u64,
 }
 
 impl Pace {
+    pub fn new() -> Self {
+        // Rows cost a tenth of a step each, until it is known better.
+        let factors = [1.0, 0.8, 0.2, 0.4];
+        Self { factors, busyness: 1.0, products: Default::default(), times: [0.0; 4], rows_seen: 0.0, steps: 0 }
+    }
+
     /// Notes that a step took `ms`.
     pub fn observe(&mut self, load: Load, ms: f64) {
         let features = load.features();
-        let mut ms = ms.max(1e-6);
+        let expected = self.expected(load);
         if self.steps == 0 {
-            // Any guess will do: rows cost a tenth of a step each, until it is known better.
-            let guess = [1.0, 0.8, 0.2, 0.4];
-            let unit = ms / dot(&guess, &features);
-            self.factors = guess.map(|factor| factor * unit);
-        } else if self.steps > 8 {
-            ms = ms.min(SURPRISE_MAX * self.expected_ms(load));
+            self.busyness = ms.max(1e-6) / expected;
         }
         self.steps += 1;
+        self.rows_seen = (self.rows_seen * MEMORY).max(load.rows as f64);
+        let surprise = (ms / (expected * self.busyness)).clamp(1.0 / SURPRISE_MAX, SURPRISE_MAX);
+        let time = expected * surprise / (1.0 + FOLLOWING * (surprise - 1.0));
+        self.busyness *= 1.0 + FOLLOWING * (surprise - 1.0);
         for i in 0..FACTORS {
-            self.times[i] = self.times[i] * MEMORY + features[i] * ms;
+            self.times[i] = self.times[i] * MEMORY + features[i] * time;
             for j in 0..FACTORS {
                 self.products[i][j] = self.products[i][j] * MEMORY + features[i] * features[j];
             }
@@ -77,13 +91,14 @@ impl Pace {
             matrix[i][i] += STIFFNESS;
             right[i] += STIFFNESS * self.factors[i];
         }
-        self.factors = solve(matrix, right);
         // More work never takes less time, and no step is free.
-        let least = 1e-3 * self.expected_ms(Load::default()).abs().max(1e-6);
-        self.factors = self.factors.map(|factor| if factor.is_finite() { factor.max(least) } else { least });
+        let [step, rows, logits, reads] = solve(matrix, right);
+        let step = step.max(1e-3);
+        self.factors = [step, rows.max(ROWS_COST_MIN * step), logits.max(0.0), reads.max(0.0)];
     }
 
-    fn expected_ms(&self, load: Load) -> f64 {
+    /// In steps of an idle machine, more or less.
+    fn expected(&self, load: Load) -> f64 {
         dot(&self.factors, &load.features())
     }
 
@@ -92,9 +107,11 @@ impl Pace {
         if self.steps == 0 {
             return CHUNK_TOKENS_MIN;
         }
-        let spare = (MIXED_RATIO_MAX - 1.0) * self.expected_ms(decodes);
-        let each = self.row_ms(position, 0);
-        ((spare / each) as usize).max(CHUNK_TOKENS_MIN)
+        let spare = (MIXED_RATIO_MAX - 1.0) * self.expected(decodes);
+        let rows = (spare / self.row(position, 0)) as usize;
+        // What no step of late was like is approached, not jumped at.
+        let known = (2.0 * self.rows_seen) as usize - decodes.rows.min(self.rows_seen as usize);
+        rows.min(known).max(CHUNK_TOKENS_MIN)
     }
 
     /// What verifying one more draft at `position` costs, as a part of the step with `decodes`; 1 is a step.
@@ -102,13 +119,13 @@ impl Pace {
         if self.steps == 0 {
             return 1.0;
         }
-        self.row_ms(position, 1) / self.expected_ms(decodes)
+        self.row(position, 1) / self.expected(decodes)
     }
 
-    fn row_ms(&self, position: usize, logits_rows: usize) -> f64 {
+    fn row(&self, position: usize, logits_rows: usize) -> f64 {
         let mut row = Load::default();
         row.add(position, 1, logits_rows);
-        self.expected_ms(row) - self.factors[0]
+        self.expected(row) - self.factors[0]
     }
 }
 
@@ -176,14 +193,14 @@ mod tests {
     #[test]
     fn a_step_beside_which_a_long_prompt_catches_up_is_hardly_longer() {
         for sequences in [1, 2, 8, 32] {
-            let worst = worst_ratio(&mut Pace::default(), sequences, 1.0);
+            let worst = worst_ratio(&mut Pace::new(), sequences, 1.0);
             assert!(worst < 1.9, "{sequences} streams: {worst}");
         }
     }
 
     #[test]
     fn a_machine_that_gets_slower_or_faster_changes_nothing() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new();
         for slowness in [1.0, 4.0, 0.5] {
             let worst = worst_ratio(&mut pace, 4, slowness);
             assert!(worst < 1.9, "{slowness}: {worst}");
@@ -192,7 +209,7 @@ mod tests {
 
     #[test]
     fn a_prompt_always_gets_on_and_makes_use_of_what_is_there() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new();
         assert_eq!(pace.chunk_tokens(decodes(1, 10), 0), CHUNK_TOKENS_MIN);
         worst_ratio(&mut pace, 1, 1.0);
         assert!(pace.chunk_tokens(decodes(1, 100), 0) >= CHUNK_TOKENS_MIN);
@@ -202,7 +219,7 @@ mod tests {
 
     #[test]
     fn a_draft_is_cheap_beside_one_stream_and_dear_beside_many() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new();
         worst_ratio(&mut pace, 1, 1.0);
         let one = pace.draft_price(decodes(1, 100), 100);
         worst_ratio(&mut pace, 32, 1.0);
@@ -211,8 +228,31 @@ mod tests {
     }
 
     #[test]
+    fn times_that_scatter_are_averaged() {
+        let (mut pace, mut noise) = (Pace::new(), 1u64);
+        let mut scatter = move || {
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            0.75 + 0.5 * (noise >> 33) as f64 / f64::from(1u32 << 31)
+        };
+        let mut ratios = Vec::new();
+        for step in 0..600 {
+            let alone = decodes(4, 100 + step);
+            let mut load = alone;
+            if step % 200 > 40 {
+                let position = step % 200 * 10;
+                load.add(position, pace.chunk_tokens(alone, position).min(64), 0);
+                ratios.push(machine(load, 1.0) / machine(alone, 1.0));
+            }
+            pace.observe(load, machine(load, scatter()));
+        }
+        ratios.sort_by(f64::total_cmp);
+        let (middle, most) = (ratios[ratios.len() / 2], ratios[ratios.len() * 99 / 100]);
+        assert!(middle > 1.4 && most < 2.0, "{middle} {most}");
+    }
+
+    #[test]
     fn an_interruption_is_not_taken_for_the_rule() {
-        let mut pace = Pace::default();
+        let mut pace = Pace::new();
         worst_ratio(&mut pace, 4, 1.0);
         let before = pace.chunk_tokens(decodes(4, 100), 500);
         pace.observe(decodes(4, 100), 10_000.0);

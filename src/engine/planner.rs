@@ -6,7 +6,7 @@
 //! from their next token. What is then left goes to drafts. When KV blocks run out, sequences are sent back
 //! to waiting: the lowest class first, then who has computed least; nothing new joins in such a step.
 
-use std::cmp::Reverse;
+use std::{cmp::Reverse, iter::Peekable};
 
 use crate::domain::Priority;
 
@@ -27,6 +27,7 @@ pub struct Demand {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
     pub tokens: usize,
+    pub priority: Priority,
     /// Blocks that stand in the prefix cache already.
     pub found: usize,
     /// Those of them that count as free.
@@ -69,23 +70,26 @@ pub enum Turn {
     Preempted,
 }
 
-/// Plans one step. `running` is in order of admission, `waiting` in order of service.
+/// Plans one step. `running` is in order of admission, `waiting` in order of service: higher classes first.
 pub fn plan(running: &[Demand], waiting: impl Iterator<Item = Candidate>, blocks_free: usize, limits: &Limits) -> Plan {
     let turns = vec![Turn::Rows(0); running.len()];
     let mut state = State { running, limits, turns, blocks_free, budget: limits.step_tokens_max };
     state.decodes();
-    let mut catches_up = state.chunks();
-    if state.is_stuck() {
+    let mut waiting = waiting.enumerate().peekable();
+    let (mut admitted, mut is_open) = (Vec::new(), true);
+    for class in [Priority::High, Priority::Normal, Priority::Low] {
+        state.chunks(class);
+        is_open = is_open && state.preempted() == 0 && state.admissions(class, &mut waiting, &mut admitted);
+    }
+    if admitted.is_empty() && state.is_stuck() {
         // Every sequence waits for blocks that only another one can give back.
         if let Some(victim) = state.victim() {
             state.preempt(victim);
         }
         state.decodes();
-        catches_up = state.chunks();
+        [Priority::High, Priority::Normal, Priority::Low].into_iter().for_each(|class| state.chunks(class));
     }
-    let nobody_left = state.turns.iter().all(|turn| *turn != Turn::Preempted);
-    let admitted = if nobody_left { state.admissions(waiting) } else { Vec::new() };
-    if !catches_up && admitted.is_empty() {
+    if admitted.is_empty() && state.catching_up() == 0 {
         state.drafts();
     }
     Plan { running: state.turns, admitted }
@@ -148,38 +152,35 @@ impl State<'_> {
         }
     }
 
-    /// Rows for those who lack more, the higher class first. Whether there were any.
-    fn chunks(&mut self) -> bool {
-        let mut behind: Vec<usize> =
-            self.alive().filter(|i| self.running[*i].tokens - self.running[*i].computed > 1).collect();
-        behind.sort_by_key(|i| Reverse(self.running[*i].priority));
-        let mut left = self.chunk_budget();
-        let mut any = false;
-        for i in behind {
-            if self.turns[i] != Turn::Rows(0) {
+    /// Rows for those of a class who lack more.
+    fn chunks(&mut self, class: Priority) {
+        for i in self.alive() {
+            let Demand { tokens, computed, blocks, priority, .. } = self.running[i];
+            if priority != class || tokens - computed == 1 || self.turns[i] != Turn::Rows(0) {
                 continue;
             }
-            let Demand { tokens, computed, blocks, .. } = self.running[i];
             let reachable = (blocks + self.blocks_free) * self.limits.block_tokens - computed;
-            let rows = (tokens - computed).min(left).min(reachable);
+            let rows = (tokens - computed).min(self.chunk_budget()).min(reachable);
             let missing = self.blocks_for(computed + rows).saturating_sub(blocks);
             self.take(i, rows, missing);
-            left -= rows;
-            any |= rows > 0;
         }
-        any
+    }
+
+    /// Rows of those who lacked more than one token, as planned so far.
+    fn catching_up(&self) -> usize {
+        let behind = |i: &usize| self.running[*i].tokens - self.running[*i].computed > 1;
+        self.alive().filter(behind).map(|i| self.rows(i)).sum()
     }
 
     /// What may still catch up in this step.
     fn chunk_budget(&self) -> usize {
-        let is_decode = |i: usize| self.running[i].tokens - self.running[i].computed == 1;
-        let (mut decodes, mut chunks) = (0, 0);
-        for i in self.alive() {
-            *(if is_decode(i) { &mut decodes } else { &mut chunks }) += self.rows(i);
-        }
-        match decodes {
+        let planned: usize = self.alive().map(|i| self.rows(i)).sum();
+        let catching_up = self.catching_up();
+        // Whatever else was taken from the budget went to those who join.
+        let joining = self.limits.step_tokens_max - self.budget - planned;
+        match planned - catching_up {
             0 => self.budget,
-            _ => self.budget.min(self.limits.chunk_tokens_max.saturating_sub(chunks)),
+            _ => self.budget.min(self.limits.chunk_tokens_max.saturating_sub(catching_up + joining)),
         }
     }
 
@@ -206,40 +207,47 @@ impl State<'_> {
         }
     }
 
-    fn admissions(&mut self, waiting: impl Iterator<Item = Candidate>) -> Vec<(usize, usize)> {
-        // What the running sequences still need for the tokens that they have is not given away, and one
-        // block each is left for their next ones.
-        let needs = |i: usize| self.blocks_for(self.running[i].tokens).saturating_sub(self.held(i)) + 1;
-        let promised: usize = self.alive().map(needs).sum();
-        let mut spare = self.blocks_free.saturating_sub(promised);
-        let mut left = self.chunk_budget();
-        let mut places = self.limits.sequences_max.saturating_sub(self.running.len());
-        let mut admitted: Vec<(usize, usize)> = Vec::new();
-        for (at, candidate) in waiting.enumerate() {
-            let Candidate { tokens, found, found_free, behind } = candidate;
+    fn preempted(&self) -> usize {
+        self.turns.iter().filter(|turn| **turn == Turn::Preempted).count()
+    }
+
+    /// Those of a class who join. Whether those behind them may as well.
+    fn admissions(
+        &mut self,
+        class: Priority,
+        waiting: &mut Peekable<impl Iterator<Item = (usize, Candidate)>>,
+        admitted: &mut Vec<(usize, usize)>,
+    ) -> bool {
+        loop {
+            let left = self.chunk_budget();
+            if left == 0 || self.running.len() + admitted.len() >= self.limits.sequences_max {
+                return false;
+            }
+            let Some((at, candidate)) = waiting.next_if(|(_, candidate)| candidate.priority == class) else {
+                return true;
+            };
+            let Candidate { tokens, found, found_free, behind, .. } = candidate;
             let waits = match behind {
                 None => false,
                 Some(Leader::Running) => true,
                 Some(Leader::Waiting(leader)) => admitted.iter().any(|(at, _)| *at == leader),
             };
-            if places == 0 || left == 0 {
-                break;
-            }
             if waits {
                 continue;
             }
+            // What the running sequences still need for the tokens that they have is not given away, and one
+            // block each is left for their next ones.
+            let needs = |i: usize| self.blocks_for(self.running[i].tokens).saturating_sub(self.held(i)) + 1;
+            let promised: usize = self.alive().map(needs).sum();
             let need = self.blocks_for(tokens + 1) - found + found_free;
-            if need > spare {
-                break;
+            if need + promised > self.blocks_free && !(need <= self.blocks_free && self.running.is_empty()) {
+                return false;
             }
             let rows = (tokens - found * self.limits.block_tokens).min(left);
-            left -= rows;
             self.budget -= rows;
-            spare -= need;
-            places -= 1;
+            self.blocks_free -= need;
             admitted.push((at, rows));
         }
-        admitted
     }
 
     /// What is left of budget and blocks, for guesses. They preempt nobody, and leave everybody a block.

@@ -180,7 +180,11 @@ impl Runner {
             step_tokens_max: spec.step_tokens_max,
             block_tokens: spec.kv_block_tokens,
             prefix_cache: spec.prefix_cache,
-            speculation: spec.speculation,
+            // A script says what happens at which token; it is to be met a token a step.
+            speculation: match spec.backend {
+                Backend::Onnx(_) => spec.speculation,
+                Backend::Scripted => Speculation::Off,
+            },
         };
         let vocabulary = Arc::clone(&spec.file.vocabulary);
         let forward: Box<dyn Forward> = match &spec.backend {
@@ -211,7 +215,7 @@ impl Runner {
             settings,
             running: Vec::new(),
             waiting: Line::new(),
-            pace: Pace::default(),
+            pace: Pace::new(),
             scratch: sampler::Scratch::default(),
             events: Vec::new(),
             steps: 0,
@@ -424,22 +428,22 @@ impl Runner {
     /// What the planner has to know of who waits at `at`.
     fn candidate(&self, at: usize) -> Candidate {
         let Some((ticket, sequence)) = self.waiting.get(at) else { unreachable!("asked for within the line") };
-        let tokens = sequence.tokens.len();
+        let (tokens, priority) = (sequence.tokens.len(), ticket.priority);
         if !self.settings.prefix_cache {
-            return Candidate { tokens, found: 0, found_free: 0, behind: None };
+            return Candidate { tokens, priority, found: 0, found_free: 0, behind: None };
         }
         let usable = sequence.chain.usable(tokens);
         let found = self.pool.find(usable);
         let next = usable.get(found.blocks);
         let computes_next = |other: &Sequence| next.is_some() && other.chain.names().get(found.blocks) == next;
         // Nobody waits for somebody of a lower class, who may itself have to wait.
-        let leads = |running: &Running| running.ticket.priority >= ticket.priority && computes_next(&running.sequence);
+        let leads = |running: &Running| running.ticket.priority >= priority && computes_next(&running.sequence);
         let behind = if self.running.iter().any(leads) {
             Some(Leader::Running)
         } else {
             self.waiting.iter().take(at).position(|(_, other)| computes_next(other)).map(Leader::Waiting)
         };
-        Candidate { tokens, found: found.blocks, found_free: found.kept, behind }
+        Candidate { tokens, priority, found: found.blocks, found_free: found.kept, behind }
     }
 
     fn publish_load(&self) {

@@ -12,7 +12,7 @@ fn at(tokens: usize, computed: usize) -> Demand {
 }
 
 fn new(tokens: usize) -> Candidate {
-    Candidate { tokens, found: 0, found_free: 0, behind: None }
+    Candidate { tokens, priority: Normal, found: 0, found_free: 0, behind: None }
 }
 
 fn none() -> std::iter::Empty<Candidate> {
@@ -40,6 +40,16 @@ fn a_prompt_takes_the_whole_step_where_nobody_decodes() {
 fn prompts_of_the_higher_class_catch_up_first() {
     let running = [at(400, 0), Demand { priority: High, ..at(30, 0) }, at(9, 8)];
     assert_eq!(rows(&plan(&running, none(), 1000, &LIMITS)), [0, 20, 1]);
+}
+
+#[test]
+fn who_joins_goes_before_a_running_prompt_of_a_lower_class_and_after_one_of_its_own() {
+    let running = [at(400, 0), at(9, 8)];
+    let high = Candidate { priority: High, ..new(12) };
+    let first = plan(&running, [high, new(5)].into_iter(), 1000, &LIMITS);
+    assert_eq!((rows(&first), first.admitted), (vec![8, 1], vec![(0, 12)]));
+    let second = plan(&running, [new(5)].into_iter(), 1000, &LIMITS);
+    assert_eq!((rows(&second), second.admitted), (vec![20, 1], vec![]));
 }
 
 #[test]
@@ -121,7 +131,7 @@ proptest! {
         let waiting = waits.iter().enumerate().map(|(i, (tokens, found, waits))| {
             let found = (*found).min((tokens - 1) / 16);
             let behind = waits.then(|| if i == 0 { Leader::Running } else { Leader::Waiting(i - 1) });
-            Candidate { tokens: *tokens, found, found_free: 0, behind }
+            Candidate { found, behind, ..new(*tokens) }
         });
         let plan = plan(&running, waiting.clone(), free, &limits);
         prop_assert_eq!(plan.running.len(), running.len());
