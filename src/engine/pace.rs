@@ -10,6 +10,10 @@
 /// A step that decodes and catches up takes at most so many times what decoding alone would take. Streams
 /// are promised twice; the rest is for what the fit does not know.
 const MIXED_RATIO_MAX: f64 = 1.7;
+/// Beside so many streams, every prompt beyond the first allows as much again: who waits for its first token
+/// counts as well as who waits for its next, and else a busy node would have its places filled by prompts that
+/// crawl.
+const STREAMS_PER_PROMPT: f64 = 4.0;
 /// Rows that catch up in any case, so that a prompt gets on beside any number of streams.
 const CHUNK_TOKENS_MIN: usize = 4;
 /// What one step's measurement weighs after the next one.
@@ -69,10 +73,10 @@ impl Pace {
 
     /// Notes that a step took `ms`.
     pub fn observe(&mut self, load: Load, ms: f64) {
-        let features = load.features();
+        let (features, ms) = (load.features(), ms.max(1e-3));
         let expected = self.expected(load);
         if self.steps == 0 {
-            self.busyness = ms.max(1e-6) / expected;
+            self.busyness = ms / expected;
         }
         self.steps += 1;
         self.rows_seen = (self.rows_seen * MEMORY).max(load.rows as f64);
@@ -102,12 +106,13 @@ impl Pace {
         dot(&self.factors, &load.features())
     }
 
-    /// How many rows at `position` may catch up beside `decodes`.
-    pub fn chunk_tokens(&self, decodes: Load, position: usize) -> usize {
+    /// How many rows may catch up beside `decodes`, where `prompts` have to and the first stands at `position`.
+    pub fn chunk_tokens(&self, decodes: Load, prompts: usize, position: usize) -> usize {
         if self.steps == 0 {
             return CHUNK_TOKENS_MIN;
         }
-        let spare = (MIXED_RATIO_MAX - 1.0) * self.expected(decodes);
+        let crowd = STREAMS_PER_PROMPT * prompts.saturating_sub(1) as f64 / decodes.rows.max(1) as f64;
+        let spare = (MIXED_RATIO_MAX - 1.0) * crowd.max(1.0) * self.expected(decodes);
         let rows = (spare / self.row(position, 0)) as usize;
         // What no step of late was like is approached, not jumped at.
         let known = (2.0 * self.rows_seen) as usize - decodes.rows.min(self.rows_seen as usize);
@@ -178,7 +183,7 @@ mod tests {
         let (mut position, mut worst, mut steps) = (0, 0f64, 0);
         while position < 4000 {
             let alone = decodes(sequences, 130 + steps);
-            let rows = pace.chunk_tokens(alone, position).min(64).min(4000 - position);
+            let rows = pace.chunk_tokens(alone, 1, position).min(64).min(4000 - position);
             let mut load = alone;
             load.add(position, rows, 0);
             pace.observe(load, machine(load, slowness));
@@ -210,11 +215,20 @@ mod tests {
     #[test]
     fn a_prompt_always_gets_on_and_makes_use_of_what_is_there() {
         let mut pace = Pace::new();
-        assert_eq!(pace.chunk_tokens(decodes(1, 10), 0), CHUNK_TOKENS_MIN);
+        assert_eq!(pace.chunk_tokens(decodes(1, 10), 1, 0), CHUNK_TOKENS_MIN);
         worst_ratio(&mut pace, 1, 1.0);
-        assert!(pace.chunk_tokens(decodes(1, 100), 0) >= CHUNK_TOKENS_MIN);
+        assert!(pace.chunk_tokens(decodes(1, 100), 1, 0) >= CHUNK_TOKENS_MIN);
         worst_ratio(&mut pace, 32, 1.0);
-        assert!(pace.chunk_tokens(decodes(32, 100), 0) > 16);
+        assert!(pace.chunk_tokens(decodes(32, 100), 1, 0) > 16);
+    }
+
+    #[test]
+    fn many_prompts_count_as_well_as_the_streams_beside_them() {
+        let mut pace = Pace::new();
+        worst_ratio(&mut pace, 16, 1.0);
+        let rows = |prompts| pace.chunk_tokens(decodes(16, 100), prompts, 0);
+        assert_eq!(rows(1), rows(4));
+        assert!(2 * rows(12) > 3 * rows(1), "{} {}", rows(12), rows(1));
     }
 
     #[test]
@@ -240,7 +254,7 @@ mod tests {
             let mut load = alone;
             if step % 200 > 40 {
                 let position = step % 200 * 10;
-                load.add(position, pace.chunk_tokens(alone, position).min(64), 0);
+                load.add(position, pace.chunk_tokens(alone, 1, position).min(64), 0);
                 ratios.push(machine(load, 1.0) / machine(alone, 1.0));
             }
             pace.observe(load, machine(load, scatter()));
@@ -254,9 +268,9 @@ mod tests {
     fn an_interruption_is_not_taken_for_the_rule() {
         let mut pace = Pace::new();
         worst_ratio(&mut pace, 4, 1.0);
-        let before = pace.chunk_tokens(decodes(4, 100), 500);
+        let before = pace.chunk_tokens(decodes(4, 100), 1, 500);
         pace.observe(decodes(4, 100), 10_000.0);
-        let after = pace.chunk_tokens(decodes(4, 100), 500);
+        let after = pace.chunk_tokens(decodes(4, 100), 1, 500);
         assert!(after <= before * 2, "{before} {after}");
     }
 }

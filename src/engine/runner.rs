@@ -91,6 +91,7 @@ struct Runner {
     scratch: sampler::Scratch,
     events: Vec<EngineEvent>,
     steps: u64,
+    clock: fn() -> Instant,
     started: Instant,
     shared: Arc<Shared>,
     gauges: Gauges,
@@ -194,7 +195,7 @@ impl Runner {
             Backend::Scripted => Box::new(Scripted::new(Arc::clone(&vocabulary))),
         };
         let counts = Counts::new(metrics, spec.model.as_str());
-        let runner = Self::new(forward, vocabulary, blocks, settings, shared, gauges, counts);
+        let runner = Self::new(forward, vocabulary, blocks, settings, Instant::now, shared, gauges, counts);
         runner.publish_load();
         Ok(runner)
     }
@@ -204,6 +205,7 @@ impl Runner {
         vocabulary: Arc<Vocabulary>,
         blocks: usize,
         settings: Settings,
+        clock: fn() -> Instant,
         shared: Arc<Shared>,
         gauges: Gauges,
         counts: Counts,
@@ -219,7 +221,8 @@ impl Runner {
             scratch: sampler::Scratch::default(),
             events: Vec::new(),
             steps: 0,
-            started: Instant::now(),
+            clock,
+            started: clock(),
             shared,
             gauges,
             counts,
@@ -262,7 +265,7 @@ impl Runner {
             drop(self.remove(&spec.request));
             let priority = spec.priority;
             let sequence = Sequence::new(spec, &self.pool, self.settings.block_tokens);
-            self.waiting.join(&sequence.spec.lane.clone(), priority, Instant::now(), sequence);
+            self.waiting.join(&sequence.spec.lane.clone(), priority, (self.clock)(), sequence);
         }
         for request in news.cancelled {
             if let Some(sequence) = self.remove(&request) {
@@ -300,7 +303,7 @@ impl Runner {
             return Ok(());
         }
         self.steps += 1;
-        let started = Instant::now();
+        let started = (self.clock)();
         let mut load = Load::default();
         let mut batch = Batch::default();
         for Member { at, rows, logits_rows } in &members {
@@ -341,13 +344,13 @@ impl Runner {
         for at in ended.into_iter().rev() {
             self.running.remove(at);
         }
-        self.pace.observe(load, started.elapsed().as_secs_f64() * 1e3);
+        self.pace.observe(load, ((self.clock)() - started).as_secs_f64() * 1e3);
         Ok(())
     }
 
     /// Plans the step and makes room for it.
     fn schedule(&mut self) -> Vec<Member> {
-        let now = Instant::now();
+        let now = (self.clock)();
         self.pool.set_time(now - self.started);
         self.waiting.age(now);
         let limits = self.prepare();
@@ -400,16 +403,19 @@ impl Runner {
     /// Has drafts guessed, and says how much the step may hold.
     fn prepare(&mut self) -> Limits {
         let Settings { sequences_max, step_tokens_max, block_tokens, speculation, .. } = self.settings;
-        let (mut decodes, mut catching_up) = (Load::default(), None);
+        let (mut decodes, mut prompts, mut position) = (Load::default(), 0, None);
         for Running { sequence, .. } in &mut self.running {
             sequence.drafts.clear();
             match sequence.tokens.len() - sequence.computed {
                 1 => decodes.add(sequence.computed, 1, 1),
-                _ => catching_up = catching_up.or(Some(sequence.computed)),
+                _ => {
+                    prompts += 1;
+                    position = position.or(Some(sequence.computed));
+                }
             }
         }
-        let joins = !self.waiting.is_empty() && self.running.len() < sequences_max;
-        if speculation != Speculation::Off && catching_up.is_none() && !joins {
+        prompts += self.waiting.len().min(sequences_max - self.running.len());
+        if speculation != Speculation::Off && prompts == 0 {
             for Running { sequence, .. } in &mut self.running {
                 // What a row costs, in tokens that the batch could have had instead.
                 let price = self.pace.draft_price(decodes, sequence.computed) * decodes.rows as f64;
@@ -421,7 +427,7 @@ impl Runner {
                 sequence.drafts.extend_from_slice(sequence.drafter.guess(&sequence.tokens, most));
             }
         }
-        let chunk_tokens_max = self.pace.chunk_tokens(decodes, catching_up.unwrap_or(0));
+        let chunk_tokens_max = self.pace.chunk_tokens(decodes, prompts, position.unwrap_or(0));
         Limits { sequences_max, step_tokens_max, chunk_tokens_max, block_tokens, blocks_total: self.pool.total() }
     }
 

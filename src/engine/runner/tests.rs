@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     hash::{DefaultHasher, Hash, Hasher},
     rc::Rc,
+    sync::LazyLock,
 };
 
 use proptest::prelude::*;
@@ -104,13 +105,19 @@ fn settings() -> Settings {
     }
 }
 
+/// Stands still: no answer depends on the time, and no test does.
+fn clock() -> Instant {
+    static NOW: LazyLock<Instant> = LazyLock::new(Instant::now);
+    *NOW
+}
+
 fn runner(settings: Settings, blocks: usize) -> (Runner, Rc<RefCell<Record>>) {
     let record = Rc::<RefCell<Record>>::default();
     let witness = Witness { slots: vec![0; blocks * BLOCK], logits: Vec::new(), record: Rc::clone(&record) };
     let metrics = Metrics::new();
     let (gauges, counts) = (Gauges::new(&metrics, "test"), Counts::new(&metrics, "test"));
     let shared = Arc::new(Shared::new(64));
-    (Runner::new(Box::new(witness), vocabulary(), blocks, settings, shared, gauges, counts), record)
+    (Runner::new(Box::new(witness), vocabulary(), blocks, settings, clock, shared, gauges, counts), record)
 }
 
 fn request(id: &str, prompt: &[u32], output_tokens_max: u32) -> EngineRequest {
