@@ -89,6 +89,21 @@ impl Vocabulary {
         })
     }
 
+    /// Tokens that are plain text, for tests that have no model file.
+    #[cfg(test)]
+    pub fn of_text(tokens: Vec<String>, eos: Vec<u32>) -> Self {
+        Self {
+            kinds: vec![TokenKind::Text; tokens.len()],
+            merges: Vec::new(),
+            pre_tokenizer: "test".to_owned(),
+            chat_template: None,
+            bos: None,
+            eos,
+            bytes: tokens.iter().map(|token| token.as_bytes().into()).collect(),
+            tokens,
+        }
+    }
+
     pub fn len(&self) -> usize {
         self.tokens.len()
     }
