@@ -10,8 +10,10 @@
 mod batch;
 mod blocks;
 mod handle;
+mod memory;
 pub mod onnx;
 mod planner;
+pub mod quality;
 mod runner;
 mod sampler;
 mod scripted;
@@ -24,6 +26,7 @@ use tokio::sync::mpsc;
 
 pub use batch::{Batch, BatchSequence, Forward};
 pub use handle::{EngineHandle, EngineLoad};
+pub use memory::MemoryNeed;
 pub use onnx::OnnxRuntime;
 
 use crate::{
