@@ -1,7 +1,10 @@
 //! What the tests stand on: real servers, the real model, and a house furnished on them.
 
 pub mod front;
+pub mod gguf;
+pub mod heap;
 pub mod house;
+pub mod hub;
 pub mod model;
 pub mod process;
 pub mod valkey;
