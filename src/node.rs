@@ -5,6 +5,7 @@
 //! of charge, money is settled, then everything stops. Never computes and never decides about a request.
 
 mod data_dir;
+mod limits;
 mod models;
 mod wait;
 
@@ -20,6 +21,7 @@ use tokio::time::Instant;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use data_dir::{DataDir, DataDirError};
+pub use models::start_runtime;
 pub use wait::shutdown_signal;
 
 use crate::{
@@ -69,6 +71,8 @@ pub enum NodeError {
     Price(#[from] PriceFault),
     #[error("money: {0}")]
     Money(#[from] crate::domain::MoneyError),
+    #[error("{0}")]
+    Limits(String),
     #[error("cannot listen for signals: {0}")]
     Signals(std::io::Error),
     #[error("a task of the start was lost: {0}")]
@@ -76,12 +80,13 @@ pub enum NodeError {
 }
 
 impl NodeError {
-    /// Told apart by scripts: 3 the data folder, 4 the store, 5 a model or its library, 6 an address in use.
+    /// Told apart by scripts: 3 the data folder, 4 the store, 5 a model, its library or
+    /// its limits, 6 an address in use.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::DataDir(_) => 3,
             Self::Embedded(_) | Self::Store(_) | Self::Operator(_) => 4,
-            Self::Model { .. } | Self::Engine(_) | Self::Cluster(_) => 5,
+            Self::Model { .. } | Self::Engine(_) | Self::Cluster(_) | Self::Limits(_) => 5,
             Self::Listen { .. } | Self::Relay(_) => 6,
             _ => 1,
         }

@@ -1,13 +1,12 @@
 //! What operators do: tenants, keys, credits, the ledger.
 
-use std::{io::Write, time::Duration};
+use std::time::Duration;
 
 use clap::Subcommand;
-use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep};
 
-use super::{CliError, Output, table};
+use super::{CliError, Output, json, print};
 use crate::{
     admission::Scopes,
     config::Config,
@@ -206,18 +205,6 @@ impl Access {
             drop(lock);
         }
     }
-}
-
-fn print(output: Output, value: &Value) -> Result<(), CliError> {
-    let text = match output {
-        Output::Json => format!("{value}\n"),
-        Output::Table => table::render(value),
-    };
-    Ok(std::io::stdout().write_all(text.as_bytes())?)
-}
-
-fn json<T: Serialize>(value: &T) -> Result<Value, CliError> {
-    serde_json::to_value(value).map_err(|error| CliError::Print(error.into()))
 }
 
 fn merge(into: &mut Value, from: Value) {

@@ -4,15 +4,20 @@
 //! line and the configuration; see [`NodeError::exit_code`] for the rest), and the same facts as a table or
 //! as JSON. Never shows a panic's trace.
 
+mod bar;
 mod commands;
+mod models;
 mod serve;
 mod table;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+use serde_json::Value;
 
 use crate::{
+    catalog::CatalogError,
     config::{Config, ConfigFaults, LogFormat, Overrides},
     node::NodeError,
     telemetry::log::{self, LogStyle},
@@ -60,6 +65,9 @@ enum Command {
         #[arg(long, value_name = "ADDRESS:PORT")]
         listen: Option<String>,
     },
+    /// The models folder: what is there, bringing more, how good the engine's version of one is
+    #[command(subcommand)]
+    Models(models::Models),
     #[command(flatten)]
     Operator(commands::Command),
 }
@@ -75,6 +83,10 @@ enum CliError {
     Usage(String),
     #[error("the ledger does not balance")]
     Imbalance,
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    #[error("the served model is too far from its file's weights: {0}")]
+    Quality(String),
     #[error("cannot print the result: {0}")]
     Print(#[from] std::io::Error),
 }
@@ -84,7 +96,9 @@ impl CliError {
         match self {
             Self::Config(_) | Self::Usage(_) => 2,
             Self::Node(error) => error.exit_code(),
-            Self::Imbalance | Self::Print(_) => 1,
+            Self::Catalog(error) if error.is_usage() => 2,
+            Self::Catalog(CatalogError::Model { .. }) => 5,
+            Self::Catalog(_) | Self::Quality(_) | Self::Imbalance | Self::Print(_) => 1,
         }
     }
 }
@@ -107,7 +121,7 @@ pub fn main() -> ExitCode {
 fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
     let (role, listen) = match &command {
         Command::Serve { role, listen } => (role.clone(), listen.clone()),
-        Command::Operator(_) => (None, None),
+        Command::Models(_) | Command::Operator(_) => (None, None),
     };
     let env = |name: &str| std::env::var(name).ok();
     let file = common.config.clone().or_else(|| env("LIGHTCONE_CONFIG").filter(|f| !f.is_empty()).map(PathBuf::from));
@@ -120,16 +134,32 @@ fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
     // A command's result is not to drown in the store's comings and goings.
     let filter = if matches!(command, Command::Serve { .. }) { config.node.log.as_str() } else { "warn" };
     log::init(filter, style).map_err(|error| CliError::Usage(error.to_string()))?;
+    match command {
+        // Works on files alone, and blocks.
+        Command::Models(command) => models::run(&config, command, common.output),
+        Command::Serve { .. } => on_runtime(serve::serve(config, common.output)),
+        Command::Operator(command) => on_runtime(commands::run(config, command, common.output)),
+    }
+}
+
+fn on_runtime(command: impl Future<Output = Result<(), CliError>>) -> Result<(), CliError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("lightcone").build()?;
-    let done = runtime.block_on(async {
-        match command {
-            Command::Serve { .. } => serve::serve(config, common.output).await,
-            Command::Operator(command) => commands::run(config, command, common.output).await,
-        }
-    });
+    let done = runtime.block_on(command);
     // An engine that is frozen must not keep the process.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     done
+}
+
+fn print(output: Output, value: &Value) -> Result<(), CliError> {
+    let text = match output {
+        Output::Json => format!("{value}\n"),
+        Output::Table => table::render(value),
+    };
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
+}
+
+fn json<T: Serialize>(value: &T) -> Result<Value, CliError> {
+    serde_json::to_value(value).map_err(|error| CliError::Print(error.into()))
 }
 
 /// A panic is a fault of ours: one line, for the log; whoever supervises the thread deals with it.

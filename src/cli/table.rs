@@ -4,6 +4,8 @@ use serde_json::{Map, Value};
 
 use crate::domain::NanoUsd;
 
+const MIB: f64 = 1048576.0;
+
 pub fn render(value: &Value) -> String {
     match value {
         Value::Object(object) => lines(object),
@@ -38,11 +40,12 @@ fn rows_of(rows: &[Value]) -> String {
     grid.iter().map(line).collect()
 }
 
-/// Money is shown in dollars, exactly.
+/// Money is shown in dollars, exactly; sizes in MiB.
 fn heading(name: &str) -> String {
-    match name.strip_suffix("_nano_usd") {
-        Some(what) => format!("{what} ($)"),
-        None => name.replace('_', " "),
+    match (name.strip_suffix("_nano_usd"), name.strip_suffix("_bytes")) {
+        (Some(what), _) => format!("{what} ($)"),
+        (_, Some(what)) => format!("{what} (MiB)"),
+        _ => name.replace('_', " "),
     }
 }
 
@@ -50,9 +53,14 @@ fn cell(name: &str, value: &Value) -> String {
     match value {
         Value::Null => "-".to_owned(),
         Value::String(text) if text.is_empty() => "-".to_owned(),
+        // Enough of a digest to tell two apart; JSON has all of it.
+        Value::String(text) if name == "sha256" => text.chars().take(12).collect(),
         Value::String(text) => text.clone(),
         Value::Number(number) if name.ends_with("_nano_usd") => {
             number.as_i64().map_or_else(|| number.to_string(), |nano| NanoUsd::new(nano).to_string())
+        }
+        Value::Number(number) if name.ends_with("_bytes") => {
+            number.as_u64().map_or_else(|| number.to_string(), |bytes| format!("{:.1}", bytes as f64 / MIB))
         }
         Value::Array(items) => {
             let items: Vec<_> = items.iter().map(|item| cell("", item)).collect();
@@ -79,5 +87,7 @@ mod tests {
         let many = render(&json!([{ "id": "a", "held_nano_usd": -1 }, { "id": "long", "held_nano_usd": 0 }]));
         assert_eq!(many, "id    held ($)\na     -0.000000001\nlong  0.000000000\n");
         assert_eq!(render(&json!([])), "none\n");
+        let file = render(&json!({ "size_bytes": 1_572_864, "sha256": "0123456789abcdef" }));
+        assert_eq!(file, "size (MiB)  1.5\nsha256      0123456789ab\n");
     }
 }

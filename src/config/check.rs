@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use toml_edit::Value;
 
-use super::nano_per_token;
+use super::{cpus, nano_per_token};
 use crate::domain::NanoUsd;
 
 #[derive(Clone, Copy, Debug)]
@@ -26,12 +26,15 @@ pub enum Rule {
     /// Empty, or at least this many characters.
     Secret(usize),
     LogFilter,
+    /// CPU numbers and ranges of them, or empty.
+    CpuSet,
     Usd,
     UsdPerMillion,
 }
 
 use Rule::{
-    Address, Endpoint, Flag, Integer, LogFilter, OneOf, RedisUrl, Secret, SomeOf, Text, Usd, UsdPerMillion, Word,
+    Address, CpuSet, Endpoint, Flag, Integer, LogFilter, OneOf, RedisUrl, Secret, SomeOf, Text, Usd, UsdPerMillion,
+    Word,
 };
 
 const HOUR_MS: i64 = 3_600_000;
@@ -45,6 +48,7 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("role", OneOf(&["all", "edge", "worker"])),
             ("data_dir", Word),
             ("drain_ms_max", Integer(0, HOUR_MS)),
+            ("memory_max_mib", Integer(0, 1 << 24)),
             ("log", LogFilter),
             ("log_format", OneOf(&["text", "json"])),
         ],
@@ -97,6 +101,7 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
         &[
             ("ort_library", Text),
             ("threads", Integer(0, 1024)),
+            ("cpu_set", CpuSet),
             ("spinning", OneOf(&["auto", "on", "off"])),
             ("providers", SomeOf(&["cpu", "cuda", "tensorrt", "rocm", "migraphx", "directml", "coreml", "openvino"])),
             ("kv_block_tokens", Integer(1, 1024)),
@@ -182,6 +187,7 @@ impl Rule {
                 Ok(_) => Ok(()),
                 Err(error) => Err(format!("`{text}` is not a log filter: {error}")),
             },
+            CpuSet => cpus(text).map(drop).ok_or_else(|| format!("`{text}` is not a set of CPUs such as 0-3,8")),
             Usd => match text.parse::<NanoUsd>() {
                 Ok(amount) if amount < NanoUsd::ZERO => Err("must not be negative".into()),
                 Ok(_) => Ok(()),

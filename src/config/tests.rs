@@ -67,6 +67,10 @@ fn every_fault_is_named_with_its_line() {
         ("[store]\nredis_url = \"http://x\"", &["file:2: store.redis_url: is not of the form redis://"]),
         ("[store]\nredis_url = \"rediss://x\"", &["file:2: store.redis_url: this build speaks no TLS"]),
         ("[engine]\nproviders = [\"cpu\", \"gpu\"]", &["file:2: engine.providers: `gpu` is not one of cpu, cuda"]),
+        ("[engine]\ncpu_set = \"0-3,x\"", &["file:2: engine.cpu_set: `0-3,x` is not a set of CPUs such as 0-3,8"]),
+        ("[engine]\ncpu_set = \"3-1\"", &["file:2: engine.cpu_set: `3-1` is not a set of CPUs"]),
+        ("[engine]\ncpu_set = \"0-1024\"", &["file:2: engine.cpu_set: `0-1024` is not a set of CPUs"]),
+        ("[node]\nmemory_max_mib = -1", &["file:2: node.memory_max_mib: -1 is out of range"]),
         ("[engine]\nproviders = []", &["file:2: engine.providers: must not be empty"]),
         (
             "[ledger]\nbootstrap_balance_usd = \"ten\"",
@@ -165,6 +169,13 @@ fn a_new_model_inherits_what_the_manual_says_and_a_known_one_can_be_switched_off
     let mine = &config.models["mine"];
     assert_eq!((mine.sequences_max, mine.context_tokens_max, mine.description.as_str()), (32, 8192, ""));
     assert_eq!(config.models["tzafon.sm-1"].sequences_max, 7);
+}
+
+#[test]
+fn sets_of_cpus_are_numbers_and_ranges() {
+    let cpus = |text: &str| load(&format!("[engine]\ncpu_set = {text:?}")).unwrap().engine.cpus();
+    assert_eq!(cpus("0-2,8, 10").into_iter().collect::<Vec<_>>(), [0, 1, 2, 8, 10]);
+    assert!(cpus("").is_empty());
 }
 
 #[test]

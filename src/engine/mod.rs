@@ -12,10 +12,12 @@ mod blocks;
 mod draft;
 mod handle;
 mod line;
+mod memory;
 pub mod onnx;
 mod pace;
 mod planner;
 mod prefix;
+pub mod quality;
 mod runner;
 mod sampler;
 mod scripted;
@@ -29,6 +31,7 @@ use tokio::sync::mpsc;
 
 pub use batch::{Batch, BatchSequence, Forward};
 pub use handle::{EngineHandle, EngineLoad};
+pub use memory::MemoryNeed;
 pub use onnx::OnnxRuntime;
 
 use crate::{

@@ -19,7 +19,8 @@ const ALIGNMENT_DEFAULT: u64 = 32;
 const ENTRIES_MAX: u64 = 1 << 16;
 const DIMENSIONS_MAX: u32 = 4;
 const ARRAY_DEPTH_MAX: u32 = 2;
-const NUMBERS_MAX: u64 = 1 << 22;
+/// Of all lists together: the largest vocabularies, with their scores and merges, have not a million.
+const LISTED_MAX: u64 = 1 << 22;
 
 #[derive(Debug, thiserror::Error)]
 pub enum GgufError {
@@ -126,7 +127,7 @@ impl Gguf {
     }
 
     fn parse(map: Mmap) -> Result<Self, GgufError> {
-        let mut reader = Reader { data: &map, at: 0 };
+        let mut reader = Reader { data: &map, at: 0, listed: 0 };
         if reader.take(4, "magic").ok() != Some(MAGIC) {
             return Err(GgufError::NotGguf);
         }
@@ -202,10 +203,11 @@ impl Gguf {
         }
     }
 
+    /// Finite, also in single precision.
     pub fn f64(&self, key: &str) -> Result<f64, GgufError> {
         match self.value(key)? {
-            Value::Float(x) => Ok(*x),
-            _ => Err(GgufError::WrongType { key: key.into(), expected: "a decimal number" }),
+            Value::Float(x) if (*x as f32).is_finite() => Ok(*x),
+            _ => Err(GgufError::WrongType { key: key.into(), expected: "a finite decimal number" }),
         }
     }
 
@@ -258,6 +260,8 @@ impl Gguf {
 struct Reader<'a> {
     data: &'a [u8],
     at: usize,
+    /// Values of the lists so far.
+    listed: u64,
 }
 
 impl<'a> Reader<'a> {
@@ -311,15 +315,16 @@ impl<'a> Reader<'a> {
             9 if depth < ARRAY_DEPTH_MAX => {
                 let ty = self.u32(what)?;
                 let len = self.u64(what)?;
-                // A string takes eight bytes at least; of plain numbers no key needs millions.
-                if ty != 8 && len > NUMBERS_MAX {
-                    return Err(GgufError::Corrupted(format!("a key has a list of {len} values")));
+                // A value takes many times its bytes in the file, so the file's size is no bound that helps.
+                self.listed = self.listed.saturating_add(len);
+                if self.listed > LISTED_MAX {
+                    return Err(GgufError::Corrupted(format!("its lists have more than {LISTED_MAX} values")));
                 }
                 // An element takes at least one byte, so a longer array than the file has bytes is a lie.
                 if len > (self.data.len() - self.at) as u64 {
                     return Err(GgufError::Truncated { what, at: self.at as u64, size: self.data.len() as u64 });
                 }
-                let mut items = Vec::new();
+                let mut items = Vec::with_capacity(len as usize);
                 for _ in 0..len {
                     items.push(self.value(ty, depth + 1)?);
                 }

@@ -7,12 +7,15 @@ use std::{
     time::Duration,
 };
 
-use super::NodeError;
+use super::{
+    NodeError,
+    limits::{self, EngineCpus},
+};
 use crate::{
     cluster::{PoolSpec, RestartPolicy},
     config::{self, Config, EngineKind, Role, Speculation, Spinning},
     domain::ModelId,
-    engine::{self, Backend, EngineSpec, OnnxRuntime, onnx::RuntimeOptions},
+    engine::{self, Backend, EngineError, EngineSpec, MemoryNeed, OnnxRuntime, onnx::RuntimeOptions},
     model::ModelFile,
     prompt::{PromptModel, Tokenizer},
     telemetry::Metrics,
@@ -22,6 +25,7 @@ pub struct Models {
     files: BTreeMap<ModelId, Arc<ModelFile>>,
     /// Absent where nothing here needs it.
     runtime: Option<OnnxRuntime>,
+    cpus: EngineCpus,
 }
 
 /// Opens every model's file and, where this node runs engines, ONNX Runtime. Blocks.
@@ -39,8 +43,29 @@ pub fn open(config: &Config) -> Result<Models, NodeError> {
     }
     let runs = config.node.role != Role::Edge;
     let needs_runtime = runs && config.models.values().any(|model| model.engine == EngineKind::Onnx);
-    let runtime = needs_runtime.then(|| OnnxRuntime::start(options(config))).transpose()?;
-    Ok(Models { files, runtime })
+    let cpus = EngineCpus::of(config)?;
+    if runs {
+        limits::check_memory(config, &needs(config, &files))?;
+    }
+    let runtime = needs_runtime.then(|| start_runtime(config)).transpose()?;
+    Ok(Models { files, runtime, cpus })
+}
+
+/// What each model that runs here will take.
+fn needs(config: &Config, files: &BTreeMap<ModelId, Arc<ModelFile>>) -> Vec<(ModelId, MemoryNeed)> {
+    let runs = config.models.iter().filter(|(_, model)| model.engine == EngineKind::Onnx);
+    let need = |(id, model): (&ModelId, &config::Model)| {
+        let context = model.context_tokens_max.min(files[id].params.context_tokens);
+        let kv_bytes = model.kv_memory_mib << 20;
+        let need = MemoryNeed::of(&files[id], context, model.sequences_max, model.step_tokens_max, kv_bytes);
+        (id.clone(), need)
+    };
+    runs.map(need).collect()
+}
+
+/// ONNX Runtime as the configuration wants it, its threads on the engine's CPUs.
+pub fn start_runtime(config: &Config) -> Result<OnnxRuntime, NodeError> {
+    Ok(EngineCpus::of(config)?.within(|| OnnxRuntime::start(runtime_options(config)))??)
 }
 
 impl Models {
@@ -71,7 +96,7 @@ impl Models {
 
     fn pool(&self, config: &Config, id: &ModelId, model: &config::Model, metrics: &Arc<Metrics>) -> PoolSpec {
         let (id, model, metrics) = (id.clone(), model.clone(), Arc::clone(metrics));
-        let (file, runtime) = (Arc::clone(&self.files[&id]), self.runtime.clone());
+        let (file, runtime, cpus) = (Arc::clone(&self.files[&id]), self.runtime.clone(), self.cpus.clone());
         let (kv_block_tokens, prefix_cache) = (config.engine.kv_block_tokens, config.engine.prefix_cache);
         let speculation = match config.engine.speculation {
             Speculation::Auto => engine::Speculation::Auto,
@@ -85,7 +110,7 @@ impl Models {
             loader: Arc::new(move |sink| {
                 let backend = match (model.engine, &runtime) {
                     (EngineKind::Onnx, Some(runtime)) => Backend::Onnx(runtime.clone()),
-                    (EngineKind::Onnx, None) => return Err(engine::EngineError::Gone),
+                    (EngineKind::Onnx, None) => return Err(EngineError::Gone),
                     (EngineKind::Scripted, _) => Backend::Scripted,
                 };
                 let spec = EngineSpec {
@@ -100,7 +125,8 @@ impl Models {
                     prefix_cache,
                     speculation,
                 };
-                engine::spawn(spec, sink, Arc::clone(&metrics))
+                let spawned = cpus.within(|| engine::spawn(spec, sink, Arc::clone(&metrics)));
+                spawned.unwrap_or_else(|error| Err(EngineError::Limits(error.to_string())))
             }),
         }
     }
@@ -114,7 +140,8 @@ fn fault(config: &Config, id: &ModelId, why: String) -> NodeError {
     NodeError::Model { model: id.clone(), path: path(config, &config.models[id]), why }
 }
 
-fn options(config: &Config) -> RuntimeOptions {
+/// Called within the engine's CPUs, so that they are the cores that are counted.
+fn runtime_options(config: &Config) -> RuntimeOptions {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if config.engine.threads == 0 { cores } else { config.engine.threads };
     let spinning = match config.engine.spinning {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use lightcone::{
     domain::{FinishReason, RequestId, SamplingParams},
     engine::{
-        Batch, BatchSequence, EngineEventBody, EngineMessage, Forward,
-        onnx::{OnnxModel, reference::Reference},
+        EngineEventBody, EngineMessage,
+        quality::{self, Bounds, Passage},
     },
     prompt::Tokenizer,
 };
@@ -16,57 +16,19 @@ use crate::support::{
     model::{model, runtime},
 };
 
-fn log_softmax(row: &[f32]) -> Vec<f64> {
-    let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let total: f64 = row.iter().map(|x| f64::from(x - largest).exp()).sum();
-    row.iter().map(|x| f64::from(x - largest) - total.ln()).collect()
-}
-
-fn largest(row: &[f32]) -> usize {
-    row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(i, _)| i)
-}
-
 #[test]
 fn the_served_graph_is_as_good_as_the_dequantised_fp32_weights() {
     let file = model();
     let tokens = Tokenizer::new(Arc::clone(&file.vocabulary)).unwrap().encode(TEXT, false).unwrap();
-    assert!(tokens.len() >= 1100, "{} tokens", tokens.len());
-    let mut served = OnnxModel::load(&runtime(), &file, 100, 16, 2048).unwrap();
-    let mut reference = Reference::load(&runtime(), &file, 512).unwrap();
-    let blocks: Vec<u32> = (0..100).collect();
-    let (mut positions, mut agreed, mut divergence) = (0u32, 0u32, 0.0);
-    let (mut nll_served, mut nll_reference) = (0.0, 0.0);
-    let vocabulary = served.vocabulary();
-    for piece in tokens.chunks(400) {
-        let expected = reference.logits(piece).unwrap();
-        for (at, expected) in expected.chunks_exact(vocabulary).enumerate().take(piece.len() - 1) {
-            let sequence = BatchSequence {
-                tokens: &piece[..=at],
-                prompt_tokens: at + 1,
-                computed: at,
-                rows: 1,
-                logits_rows: 1,
-                blocks: &blocks,
-            };
-            let got = served.forward(&Batch { sequences: vec![sequence] }).unwrap();
-            let (p, q) = (log_softmax(expected), log_softmax(got));
-            divergence += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
-            agreed += u32::from(largest(expected) == largest(got));
-            positions += 1;
-            nll_reference -= p[piece[at + 1] as usize];
-            nll_served -= q[piece[at + 1] as usize];
-        }
-    }
-    let n = f64::from(positions);
-    let (kl, top1) = (divergence / n, f64::from(agreed) / n);
-    let (perplexity, expected) = ((nll_served / n).exp(), (nll_reference / n).exp());
-    println!(
-        "{positions} positions: mean KL {kl:.5}, top-1 {top1:.4}, perplexity {perplexity:.3} against {expected:.3}"
-    );
-    assert!(positions >= 1000);
-    assert!(kl <= 0.02, "mean KL {kl}");
-    assert!(top1 >= 0.93, "top-1 agreement {top1}");
-    assert!((perplexity / expected - 1.0).abs() < 0.02, "perplexity {perplexity} against {expected}");
+    let passage = Passage { tokens: &tokens, bos: None };
+    let mut heard = 0;
+    let quality = quality::measure(&runtime(), &file, &passage, |done| heard = done).unwrap();
+    println!("{quality:?}");
+    assert_eq!((quality.positions, heard), (tokens.len() - 1, tokens.len() - 1));
+    assert!(quality.positions >= 1000);
+    let bounds = Bounds { perplexity_off_max: 0.02, kl_mean_max: 0.02 };
+    assert_eq!(quality.fault(bounds), None, "{quality:?}");
+    assert!(quality.top1_agreement >= 0.93, "{quality:?}");
 }
 
 #[test]

@@ -9,6 +9,8 @@ mod edge_prompt;
 mod edge_refusals;
 mod engine;
 mod engine_schedule;
+mod gguf_hostile;
+mod models;
 mod store_accounts;
 mod store_money;
 mod store_outage;

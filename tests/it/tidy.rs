@@ -13,10 +13,13 @@ const FILE_LINES_MAX: usize = 700;
 /// {edge, cluster, operator}, {prompt, admission, queue, engine, ledger}, {store, telemetry, model}, domain.
 /// The edge and the engine never meet. `config` is read above the third floor only; what lies below is
 /// given plain values.
-const ARROWS: [(&str, &str); 17] = [
+const ARROWS: [(&str, &str); 18] = [
     ("lib", ""),
     ("main", "cli"),
-    ("cli", "node config edge cluster operator prompt admission queue engine ledger store telemetry model domain"),
+    (
+        "cli",
+        "node config catalog edge cluster operator prompt admission queue engine ledger store telemetry model domain",
+    ),
     ("node", "config edge cluster operator prompt admission queue engine ledger store telemetry model domain"),
     ("edge", "config prompt admission queue ledger store telemetry domain"),
     ("cluster", "config prompt queue engine ledger store telemetry model domain"),
@@ -29,6 +32,7 @@ const ARROWS: [(&str, &str); 17] = [
     ("store", "telemetry domain"),
     ("telemetry", "domain"),
     ("model", "domain"),
+    ("catalog", "model domain"),
     ("config", "domain"),
     ("domain", ""),
 ];

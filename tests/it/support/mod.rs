@@ -2,7 +2,10 @@
 
 pub mod engine;
 pub mod front;
+pub mod gguf;
+pub mod heap;
 pub mod house;
+pub mod hub;
 pub mod model;
 pub mod process;
 pub mod valkey;

@@ -1,0 +1,48 @@
+//! What a model takes of memory once it serves, reckoned from its file before anything is loaded.
+
+use crate::model::ModelFile;
+
+/// In bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemoryNeed {
+    pub weights: u64,
+    /// All KV blocks; the system commits them as they are first used.
+    pub kv: u64,
+    /// Activations of the largest step, its logits, and tables of the context's length.
+    pub work: u64,
+}
+
+impl MemoryNeed {
+    pub fn total(&self) -> u64 {
+        self.weights.saturating_add(self.kv).saturating_add(self.work)
+    }
+
+    pub fn of(file: &ModelFile, context_tokens: usize, sequences: usize, step_tokens: usize, kv_bytes: usize) -> Self {
+        let p = &file.params;
+        // Of each row: the stream, Q, K and V with their products, gate and up with theirs, and what a node keeps
+        // while the next one writes.
+        let row = 4 * (6 * p.width + 3 * (p.width + 2 * p.kv_width()) + 6 * p.ffn_width);
+        // In the tensor, and as the sampler sorts them.
+        let logits = 2 * 4 * sequences * p.vocabulary;
+        let angles = 4 * context_tokens * p.head_size;
+        Self { weights: weight_bytes(file), kv: kv_bytes as u64, work: (row * step_tokens + logits + angles) as u64 }
+    }
+}
+
+/// What the matrices take when they are packed, and the embeddings, which are read where they lie in the file.
+fn weight_bytes(file: &ModelFile) -> u64 {
+    let head_is_tied = !file.gguf.has_tensor("output.weight");
+    let tensors = file.gguf.tensor_names().filter_map(|name| Some((name, file.gguf.tensor(name).ok()?)));
+    let bytes = tensors.map(|(name, tensor)| {
+        let numbers = tensor.dims.iter().product::<u64>();
+        // A byte a number, and for each 32 of them a scale and an offset in half precision.
+        let packed = numbers + numbers / 8;
+        let stored = file.gguf.bytes(tensor).len() as u64;
+        match name {
+            "token_embd.weight" if head_is_tied => stored + packed,
+            "token_embd.weight" => stored,
+            _ => packed,
+        }
+    });
+    bytes.sum()
+}
