@@ -33,6 +33,8 @@ pub enum GgufError {
     Truncated { what: &'static str, at: u64, size: u64 },
     #[error("file is corrupted: {0}")]
     Corrupted(String),
+    #[error("architecture `{0}` is not supported (llama and gemma3 are)")]
+    Architecture(String),
     #[error("key `{0}` is missing")]
     MissingKey(String),
     #[error("key `{key}` is not {expected}")]
@@ -227,6 +229,18 @@ impl Gguf {
         let wrong = || GgufError::WrongType { key: key.into(), expected: "a list of strings" };
         let Value::Array(items) = self.value(key)? else { return Err(wrong()) };
         items.iter().map(|v| if let Value::String(s) = v { Ok(s.as_str()) } else { Err(wrong()) }).collect()
+    }
+
+    pub fn bools(&self, key: &str) -> Result<Vec<bool>, GgufError> {
+        let wrong = || GgufError::WrongType { key: key.into(), expected: "a list of true and false" };
+        let Value::Array(items) = self.value(key)? else { return Err(wrong()) };
+        items.iter().map(|v| if let Value::Bool(b) = v { Ok(*b) } else { Err(wrong()) }).collect()
+    }
+
+    pub fn f32s(&self, key: &str) -> Result<Vec<f32>, GgufError> {
+        let wrong = || GgufError::WrongType { key: key.into(), expected: "a list of decimal numbers" };
+        let Value::Array(items) = self.value(key)? else { return Err(wrong()) };
+        items.iter().map(|v| if let Value::Float(x) = v { Ok(*x as f32) } else { Err(wrong()) }).collect()
     }
 
     pub fn i64s(&self, key: &str) -> Result<Vec<i64>, GgufError> {

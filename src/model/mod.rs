@@ -10,5 +10,5 @@ mod vocabulary;
 
 pub use file::ModelFile;
 pub use gguf::{Gguf, GgufError, TensorInfo, TensorType};
-pub use hparams::LlamaParams;
+pub use hparams::{Activation, LlamaParams, ModelParams, RopePairs, SlidingWindow};
 pub use vocabulary::{TokenKind, Vocabulary};
