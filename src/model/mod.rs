@@ -11,4 +11,4 @@ mod vocabulary;
 pub use file::ModelFile;
 pub use gguf::{Gguf, GgufError, TensorInfo, TensorType};
 pub use hparams::{Activation, LlamaParams, ModelParams, RopePairs, SlidingWindow};
-pub use vocabulary::{TokenKind, Vocabulary};
+pub use vocabulary::{SPACE, Scheme, TokenKind, Vocabulary};
