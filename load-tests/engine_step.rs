@@ -58,6 +58,7 @@ fn step(
         prompt_tokens: computed,
         computed,
         rows,
+        logits_rows: 1,
         blocks: &blocks[s],
     };
     model.forward(&Batch { sequences: (0..sequences).map(sequence).collect() })?;

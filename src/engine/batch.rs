@@ -10,22 +10,19 @@ pub struct Batch<'a> {
 }
 
 pub struct BatchSequence<'a> {
-    /// Prompt and output so far.
+    /// Prompt and output so far; after them, where a step verifies drafts, the drafts.
     pub tokens: &'a [u32],
     pub prompt_tokens: usize,
     /// Tokens whose keys and values already stand in the KV blocks.
     pub computed: usize,
     /// Tokens to compute in this step, from `computed` on; at least 1.
     pub rows: usize,
-    /// KV blocks in order of position, enough for `computed + rows` tokens.
+    /// Of how many of the last of these rows logits are wanted: none where the step does not reach the end
+    /// of the tokens, one where it does, and one more for each draft. At most `rows`.
+    pub logits_rows: usize,
+    /// KV blocks in order of position, enough for `computed + rows` tokens. Several sequences may bring the
+    /// same block, but only such as lie wholly before `computed`: nobody writes what another reads.
     pub blocks: &'a [u32],
-}
-
-impl BatchSequence<'_> {
-    /// Whether the step reaches the sequence's last token, so that the next one can be sampled.
-    pub fn is_sampled(&self) -> bool {
-        self.computed + self.rows == self.tokens.len()
-    }
 }
 
 impl Batch<'_> {
@@ -39,7 +36,7 @@ pub trait Forward {
     fn vocabulary(&self) -> usize;
 
     /// Computes the batch, writes its keys and values into the KV blocks and returns the logits
-    /// (`[sampled sequences, vocabulary]`, row-major) of the last row of each sequence that
-    /// [is sampled](BatchSequence::is_sampled), in the batch's order. Valid until the next call.
+    /// (`[wanted rows, vocabulary]`, row-major) of the last [`logits_rows`](BatchSequence::logits_rows) rows
+    /// of each sequence, in the batch's order. Valid until the next call.
     fn forward(&mut self, batch: &Batch) -> Result<&[f32], EngineError>;
 }

@@ -274,6 +274,7 @@ impl Runner {
                 prompt_tokens: sequence.spec.prompt.len(),
                 computed: sequence.computed,
                 rows,
+                logits_rows: usize::from(sequence.computed + rows == sequence.tokens.len()),
                 blocks: sequence.blocks.ids(),
             });
         }

@@ -27,6 +27,28 @@ impl Scripted {
     }
 }
 
+impl Scripted {
+    /// Appends the logits of the output token after `decoded` others.
+    fn answer(&mut self, sequence: &BatchSequence, text: &str, decoded: usize) -> Result<(), EngineError> {
+        let is_due = |name| directive(text, name).is_some_and(|n| n <= decoded as u64 + 1);
+        if is_due("panic") {
+            panic!("scripted panic");
+        }
+        if is_due("fail") {
+            return Err(EngineError::Limits("scripted failure".into()));
+        }
+        if is_due("freeze") {
+            std::thread::sleep(Duration::from_secs(3600));
+        }
+        let echoes = sequence.tokens[..sequence.prompt_tokens].iter().filter(|t| !self.vocabulary.is_eos(**t));
+        let token = echoes.clone().nth(decoded % echoes.count().max(1)).copied().unwrap_or(0);
+        let row = self.logits.len();
+        self.logits.resize(row + self.vocabulary.len(), 0.0);
+        self.logits[row + token as usize] = 100.0;
+        Ok(())
+    }
+}
+
 impl Forward for Scripted {
     fn vocabulary(&self) -> usize {
         self.vocabulary.len()
@@ -39,25 +61,10 @@ impl Forward for Scripted {
             if let Some(ms) = directive(&text, "slow") {
                 std::thread::sleep(Duration::from_millis(ms));
             }
-            if !sequence.is_sampled() {
-                continue;
+            for last in 0..sequence.logits_rows {
+                let seen = sequence.computed + sequence.rows - sequence.logits_rows + last + 1;
+                self.answer(sequence, &text, seen - sequence.prompt_tokens)?;
             }
-            let decoded = sequence.tokens.len() - sequence.prompt_tokens;
-            let is_due = |name| directive(&text, name).is_some_and(|n| n <= decoded as u64 + 1);
-            if is_due("panic") {
-                panic!("scripted panic");
-            }
-            if is_due("fail") {
-                return Err(EngineError::Limits("scripted failure".into()));
-            }
-            if is_due("freeze") {
-                std::thread::sleep(Duration::from_secs(3600));
-            }
-            let echoes = sequence.tokens[..sequence.prompt_tokens].iter().filter(|t| !self.vocabulary.is_eos(**t));
-            let token = echoes.clone().nth(decoded % echoes.count().max(1)).copied().unwrap_or(0);
-            let row = self.logits.len();
-            self.logits.resize(row + self.vocabulary.len(), 0.0);
-            self.logits[row + token as usize] = 100.0;
         }
         Ok(&self.logits)
     }

@@ -42,8 +42,14 @@ fn the_served_graph_is_as_good_as_the_dequantised_fp32_weights() {
     for piece in tokens.chunks(400) {
         let expected = reference.logits(piece).unwrap();
         for (at, expected) in expected.chunks_exact(vocabulary).enumerate().take(piece.len() - 1) {
-            let sequence =
-                BatchSequence { tokens: &piece[..=at], prompt_tokens: at + 1, computed: at, rows: 1, blocks: &blocks };
+            let sequence = BatchSequence {
+                tokens: &piece[..=at],
+                prompt_tokens: at + 1,
+                computed: at,
+                rows: 1,
+                logits_rows: 1,
+                blocks: &blocks,
+            };
             let got = served.forward(&Batch { sequences: vec![sequence] }).unwrap();
             let (p, q) = (log_softmax(expected), log_softmax(got));
             divergence += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();

@@ -128,7 +128,8 @@ impl OnnxModel {
                 continue;
             }
             let tokens = &tokens[..computed + rows];
-            let sequence = BatchSequence { tokens, prompt_tokens: tokens.len(), computed, rows, blocks: &blocks };
+            let prompt_tokens = tokens.len();
+            let sequence = BatchSequence { tokens, prompt_tokens, computed, rows, logits_rows: 1, blocks: &blocks };
             logits.extend_from_slice(self.forward(&Batch { sequences: vec![sequence] })?);
         }
         Ok(logits)

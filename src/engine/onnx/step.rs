@@ -40,7 +40,7 @@ pub struct Tile {
 
 impl Step {
     /// # Errors
-    /// A sequence has too few blocks for its rows, or no rows: the scheduler broke its contract.
+    /// A sequence has too few blocks or tokens for its rows, or no rows: the scheduler broke its contract.
     pub fn set(&mut self, batch: &Batch, block_tokens: usize) -> Result<(), EngineError> {
         self.rows.clear();
         self.blocks.clear();
@@ -52,6 +52,9 @@ impl Step {
             if sequence.rows == 0 || end > sequence.tokens.len() || end > sequence.blocks.len() * block_tokens {
                 return Err(EngineError::Limits("a sequence was scheduled without tokens or KV blocks".into()));
             }
+            if sequence.logits_rows > sequence.rows {
+                return Err(EngineError::Limits("logits are wanted of rows that are not computed".into()));
+            }
             let first_row = self.rows.len();
             let place = |position| RowPlace { sequence: index as u32, position: position as u32 };
             self.rows.extend((sequence.computed..end).map(place));
@@ -61,9 +64,7 @@ impl Step {
             }
             self.sequences.push(SequencePlace { blocks_from: self.blocks.len(), blocks_len: sequence.blocks.len() });
             self.blocks.extend_from_slice(sequence.blocks);
-            if sequence.is_sampled() {
-                self.sampled.push(self.rows.len() as u32 - 1);
-            }
+            self.sampled.extend((self.rows.len() - sequence.logits_rows..self.rows.len()).map(|row| row as u32));
         }
         Ok(())
     }

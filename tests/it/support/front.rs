@@ -28,9 +28,13 @@ pub const TEMPLATE: &str = "{% for message in messages %}{% if loop.first and me
 struct Bytes;
 
 impl Encoder for Bytes {
-    fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, PromptError> {
+    fn encode(&self, text: &str) -> Result<Vec<u32>, PromptError> {
         assert!(!text.contains("<<panic in the tokeniser>>"), "asked to panic");
-        Ok(if specials { vec![1000] } else { text.bytes().map(u32::from).collect() })
+        Ok(text.bytes().map(u32::from).collect())
+    }
+
+    fn control(&self, _: &str) -> Option<u32> {
+        Some(1000)
     }
 }
 
