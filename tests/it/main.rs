@@ -8,6 +8,7 @@ mod edge_chat;
 mod edge_prompt;
 mod edge_refusals;
 mod engine;
+mod gemma;
 mod store_accounts;
 mod store_money;
 mod store_outage;
