@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Wrote gemma_tokens.json: texts, and the tokens that llama.cpp's server makes of them with Gemma 3's file.
 
-    llama-server -m gemma-3-270m-q4_k_m.gguf --port 18711 & tests/data/gemma_tokens.py 18711 400
+    llama-server -m gemma-3-270m-q4_k_m.gguf --port 18711 & tests/data/gemma_tokens.py 18711 500
 """
 
 import json

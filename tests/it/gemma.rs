@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use lightcone::{
+    engine::onnx::reference::Reference,
     model::{Activation, RopePairs, TokenKind},
     prompt::Tokenizer,
 };
 
-use crate::support::model::gemma;
+use crate::support::model::{gemma, runtime};
 
 #[test]
 fn the_file_says_what_the_architecture_is() {
@@ -29,7 +30,7 @@ fn texts_become_the_tokens_that_llama_cpp_makes_of_them_and_the_tokens_become_th
     let vocabulary = Arc::clone(&gemma().vocabulary);
     let tokenizer = Tokenizer::new(Arc::clone(&vocabulary)).unwrap();
     let fixture: Vec<(String, Vec<u32>)> = serde_json::from_str(include_str!("../data/gemma_tokens.json")).unwrap();
-    assert!(fixture.len() >= 400);
+    assert!(fixture.len() >= 500);
     for (text, expected) in &fixture {
         let tokens = tokenizer.encode(text, false).unwrap();
         assert_eq!(&tokens, expected, "{text:?}");
@@ -52,5 +53,83 @@ fn a_control_token_comes_out_of_a_text_only_where_that_is_asked_for() {
         assert_eq!(tokenizer.encode(&format!("a{token} b"), true).unwrap()[1], id, "{token}");
         let plain = tokenizer.encode(&format!("a{token} b"), false).unwrap();
         assert!(plain.iter().all(|id| vocabulary.kinds[*id as usize] != TokenKind::Control), "{token}");
+    }
+}
+
+/// What llama.cpp predicts after each of these tokens from `first` on: how its file was made stands beside it.
+#[derive(serde::Deserialize)]
+struct Predictions {
+    first: usize,
+    tokens: Vec<u32>,
+    best: Vec<usize>,
+    log_probabilities: Vec<f64>,
+}
+
+fn predictions() -> Predictions {
+    serde_json::from_str(include_str!("../data/gemma_logits.json")).unwrap()
+}
+
+/// How near some logits are to llama.cpp's.
+struct Nearness {
+    perplexity: f64,
+    expected: f64,
+    /// Share of positions with the same best token.
+    top1: f64,
+    /// Mean difference of the true next token's log probabilities.
+    off: f64,
+}
+
+impl Nearness {
+    fn of(predictions: &Predictions, logits: &[f32], vocabulary: usize) -> Self {
+        let n = predictions.best.len() as f64;
+        let (mut found, mut agreed, mut off) = (0.0, 0.0, 0.0);
+        for (i, row) in logits.chunks_exact(vocabulary).take(predictions.best.len()).enumerate() {
+            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let total: f64 = row.iter().map(|x| f64::from(x - largest).exp()).sum();
+            let following = predictions.tokens[predictions.first + i + 1] as usize;
+            let log_probability = f64::from(row[following] - largest) - total.ln();
+            found += log_probability;
+            off += (log_probability - predictions.log_probabilities[i]).abs();
+            agreed += f64::from(u8::from(row[predictions.best[i]] == largest));
+        }
+        let expected = predictions.log_probabilities.iter().sum::<f64>();
+        let nearness =
+            Self { perplexity: (-found / n).exp(), expected: (-expected / n).exp(), top1: agreed / n, off: off / n };
+        let Self { perplexity, expected, top1, off } = nearness;
+        println!("{n} positions: perplexity {perplexity:.3} against {expected:.3}, top-1 {top1:.4}, off by {off:.4}");
+        nearness
+    }
+}
+
+#[test]
+fn the_fp32_reference_predicts_what_llama_cpp_predicts_beyond_the_sliding_window() {
+    let predictions = predictions();
+    let file = gemma();
+    let mut reference = Reference::load(&runtime(), &file, 1024).unwrap();
+    let logits = reference.logits_from(&predictions.tokens, predictions.first).unwrap();
+    let near = Nearness::of(&predictions, &logits, file.params.vocabulary);
+    assert!((near.perplexity / near.expected - 1.0).abs() < 0.001);
+    assert!(near.top1 >= 0.995 && near.off < 0.005);
+    if let Ok(path) = std::env::var("KLD") {
+        let data = std::fs::read(path).unwrap();
+        let row = 262144 * 2 + 8;
+        let start = 20 + 4 * 1024;
+        let mut kl = 0.0f64;
+        for i in 0..511 {
+            let r = &data[start + i * row..][..row];
+            let s = f32::from_le_bytes(r[..4].try_into().unwrap());
+            let m = f32::from_le_bytes(r[4..8].try_into().unwrap());
+            let l = &logits[i * 262144..][..262144];
+            let largest = l.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let total: f64 = l.iter().map(|x| f64::from(x - largest).exp()).sum();
+            for (j, x) in l.iter().enumerate() {
+                let p = f64::from(x - largest) - total.ln();
+                let q = f64::from(s * u16::from_le_bytes([r[8 + 2 * j], r[9 + 2 * j]]) as f32 + m);
+                if p > -14.0 {
+                    kl += p.exp() * (p - q);
+                }
+            }
+        }
+        println!("KL {}", kl / 511.0);
     }
 }

@@ -247,14 +247,7 @@ impl Builder<'_> {
         self.linear(&tensor("attn_output"), p.query_width(), p.width, &n("mixed.flat"), &n("o"))
     }
 
-    fn linear(
-        &mut self,
-        tensor: &str,
-        inputs: usize,
-        outputs: usize,
-        from: &str,
-        to: &str,
-    ) -> Result<(), EngineError> {
+    fn linear(&mut self, tensor: &str, inputs: usize, outputs: usize, from: &str, to: &str) -> Result<(), EngineError> {
         let rows = dense(self.file, tensor, inputs, outputs)?.rows;
         let mut transposed = vec![0.0; rows.len()];
         for (n, row) in rows.chunks_exact(inputs).enumerate() {
