@@ -248,7 +248,7 @@ impl Builder<'_> {
     }
 
     fn linear(&mut self, tensor: &str, inputs: usize, outputs: usize, from: &str, to: &str) -> Result<(), EngineError> {
-        let rows = dense(self.file, tensor, inputs, outputs)?.rows;
+        let rows = dense(self.file, tensor, inputs, outputs)?;
         let mut transposed = vec![0.0; rows.len()];
         for (n, row) in rows.chunks_exact(inputs).enumerate() {
             for (k, w) in row.iter().enumerate() {
