@@ -87,25 +87,31 @@ pub(super) fn dequantize(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
         TensorType::Q5_1 => {
             blocks.for_each(|(b, o)| nibbles(half_at(b, 0), half_at(b, 2), fifth_bits(b, 4), &b[8..], o));
         }
-        TensorType::Q4K => blocks.for_each(|(b, o)| scaled_nibbles(b, None, &b[16..], o)),
-        TensorType::Q5K => blocks.for_each(|(b, o)| scaled_nibbles(b, Some(&b[16..48]), &b[48..], o)),
+        TensorType::Q4K | TensorType::Q5K => blocks.for_each(|(b, o)| {
+            for (run, o) in o.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+                let (codes, scale, offset) = k_run(ty, b, run);
+                for (o, code) in o.iter_mut().zip(codes) {
+                    *o = scale * f32::from(code) - offset;
+                }
+            }
+        }),
         TensorType::Q6K => blocks.for_each(|(b, o)| six_bits(b, o)),
     }
 }
 
-/// 256 numbers of `Q4_K` and `Q5_K`: eight runs of 32, each with a scale and an offset of six bits. Two runs
-/// share 32 bytes, the low nibbles and the high ones; bit `run` of the bytes in `fifth` is one more bit.
-fn scaled_nibbles(block: &[u8], fifth: Option<&[u8]>, bytes: &[u8], out: &mut [f32]) {
-    let (scale, offset) = (half_at(block, 0), half_at(block, 2));
-    for (run, out) in out.chunks_exact_mut(32).enumerate() {
-        let (run_scale, run_offset) = six_bit_pair(&block[4..16], run);
-        let (scale, offset) = (scale * run_scale, offset * run_offset);
-        for (i, (out, byte)) in out.iter_mut().zip(&bytes[run / 2 * 32..]).enumerate() {
-            let low = if run.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
-            let high = fifth.map_or(0, |bits| bits[i] >> run & 1);
-            *out = scale * f32::from(low | high << 4) - offset;
-        }
-    }
+/// One of the eight runs of 32 numbers in a block of `Q4_K` or `Q5_K`: its codes, its scale, and what is taken
+/// off. Two runs share 32 bytes, the low nibbles and the high ones; in `Q5_K`, bit `run` of 32 more bytes is
+/// the fifth.
+pub(super) fn k_run(ty: TensorType, block: &[u8], run: usize) -> ([u8; 32], f32, f32) {
+    let (fifth, nibbles) =
+        if ty == TensorType::Q5K { (Some(&block[16..48]), &block[48..]) } else { (None, &block[16..]) };
+    let nibbles = &nibbles[run / 2 * 32..][..32];
+    let codes = std::array::from_fn(|i| {
+        let low = if run.is_multiple_of(2) { nibbles[i] & 15 } else { nibbles[i] >> 4 };
+        low | fifth.map_or(0, |bits| bits[i] >> run & 1) << 4
+    });
+    let (scale, offset) = six_bit_pair(&block[4..16], run);
+    (codes, half_at(block, 0) * scale, half_at(block, 2) * offset)
 }
 
 /// Scale and offset of one run: the first four runs have theirs in the low six bits of bytes 0 to 7, the

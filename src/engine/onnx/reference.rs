@@ -14,9 +14,9 @@ use super::{
     EngineError, OnnxRuntime,
     graph::{Dim, Graph, int, ints},
     proto::DataType,
-    weights::{dense, head_tensor},
+    weights::{dense, head_tensor, norm},
 };
-use crate::model::{Activation, GgufError, ModelFile, ModelParams, RopePairs};
+use crate::model::{Activation, ModelFile, ModelParams, RopePairs};
 
 pub struct Reference {
     session: Session,
@@ -175,10 +175,12 @@ impl Builder<'_> {
         self.graph.output("logits", DataType::F32, &[Dim::Named("wanted"), Dim::Fixed(p.vocabulary)]);
         self.weight("epsilon", &[1], vec![p.norm_epsilon])?;
         self.weight("query_factor", &[1], vec![p.query_factor])?;
-        for (name, value) in [("half", 0.5), ("unit", 1.0), ("gelu.cubic", 0.044_715)] {
-            self.weight(name, &[1], vec![value])?;
+        if p.activation == Activation::Gelu {
+            let factor = std::f32::consts::FRAC_2_PI.sqrt();
+            for (name, value) in [("half", 0.5), ("unit", 1.0), ("gelu.cubic", 0.044_715), ("gelu.factor", factor)] {
+                self.weight(name, &[1], vec![value])?;
+            }
         }
-        self.weight("gelu.factor", &[1], vec![std::f32::consts::FRAC_2_PI.sqrt()])?;
         // The two numbers of a pair stand along the axis that is 2 long.
         let pairs = |heads: i64| match p.rope_pairs {
             RopePairs::Neighbours => [0, heads, size / 2, 2],
@@ -264,13 +266,7 @@ impl Builder<'_> {
     /// Root mean square over the last axis, `width` numbers long.
     fn norm(&mut self, tensor: &str, width: usize, from: &str, to: &str) -> Result<(), EngineError> {
         let n = |part: &str| format!("{to}.{part}");
-        let gguf = &self.file.gguf;
-        let found = &gguf.tensor(tensor)?.dims;
-        if *found != [width as u64] {
-            let (name, found) = (tensor.to_owned(), found.clone());
-            return Err(GgufError::WrongShape { name, found, expected: vec![width as u64] }.into());
-        }
-        self.weight(&n("weight"), &[width], gguf.dequantize(tensor)?)?;
+        self.weight(&n("weight"), &[width], norm(self.file, tensor, width)?)?;
         let g = &mut self.graph;
         g.node("Mul", &[from, from], &[&n("squares")], vec![]);
         g.node("ReduceMean", &[&n("squares"), "last"], &[&n("mean")], vec![]);
