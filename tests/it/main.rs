@@ -9,6 +9,7 @@ mod edge_prompt;
 mod edge_refusals;
 mod engine;
 mod engine_schedule;
+mod gemma;
 mod gguf_hostile;
 mod models;
 mod store_accounts;

@@ -7,7 +7,7 @@ use half::f16;
 use memmap2::MmapMut;
 
 use super::EngineError;
-use crate::model::LlamaParams;
+use crate::model::ModelParams;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct KvShape {
@@ -19,7 +19,7 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    pub fn new(params: &LlamaParams, block_tokens: usize, blocks: usize) -> Self {
+    pub fn new(params: &ModelParams, block_tokens: usize, blocks: usize) -> Self {
         Self { layers: params.layers, kv_heads: params.kv_heads, head_size: params.head_size, block_tokens, blocks }
     }
 
