@@ -14,19 +14,6 @@ pub static HAS_AVX2: LazyLock<bool> = LazyLock::new(|| {
     }
 });
 
-/// Whether `MatMulInteger` multiplies u8 by i8 without saturating: only with the dot-product instructions.
-/// Elsewhere the weights are given as u8, whose kernel widens to 16 bits first. Both are exact.
-pub static HAS_INT8_DOT: LazyLock<bool> = LazyLock::new(|| {
-    #[cfg(target_arch = "x86_64")]
-    {
-        is_x86_feature_detected!("avx512vnni") || is_x86_feature_detected!("avxvnni")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        false
-    }
-});
-
 /// `a * b + c`, in one instruction where `FMA` promises that there is one.
 #[inline(always)]
 pub fn mul_add<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {

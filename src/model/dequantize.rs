@@ -39,7 +39,7 @@ impl Gguf {
     }
 }
 
-fn dequantize(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
+pub(super) fn dequantize(ty: TensorType, bytes: &[u8], out: &mut [f32]) {
     let (numbers, size) = ty.block();
     let blocks = bytes.chunks_exact(size as usize).zip(out.chunks_exact_mut(numbers as usize));
     match ty {
@@ -74,11 +74,11 @@ fn nibbles(scale: f32, offset: f32, fifth: u32, bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-fn half_at(block: &[u8], at: usize) -> f32 {
+pub(super) fn half_at(block: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
 
-fn fifth_bits(block: &[u8], at: usize) -> u32 {
+pub(super) fn fifth_bits(block: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
 }
 

@@ -2,12 +2,14 @@
 //!
 //! Never builds a graph and never tokenises; `engine` and `prompt` do that from what is read here.
 
+mod affine;
 mod dequantize;
 mod file;
 mod gguf;
 mod hparams;
 mod vocabulary;
 
+pub use affine::{AffineBlock, BLOCK};
 pub use file::ModelFile;
 pub use gguf::{Gguf, GgufError, TensorInfo, TensorType};
 pub use hparams::LlamaParams;

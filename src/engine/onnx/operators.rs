@@ -7,7 +7,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
 };
 
@@ -23,15 +23,20 @@ use super::{
     attention::{Pages, attend},
     graph::DOMAIN,
     kv::KvCache,
+    linear::{Layout, Rows, Target},
     rows,
     step::{Step, TILE_ROWS_MAX},
 };
-use crate::model::LlamaParams;
+use crate::model::{BLOCK, LlamaParams};
 
 type Result<T> = ort::Result<T>;
 
 /// Numbers below which one thread is faster than waking another.
 const PARALLEL_MIN: usize = 16 * 1024;
+/// Products of codes and quants that one piece of a matrix product has, about.
+const PIECE_PRODUCTS: usize = 128 * 1024;
+/// Pieces of one matrix product, at most.
+const PIECES_MAX: usize = 64;
 
 /// What the kernels share with the engine's thread, which changes it between runs.
 pub struct Shared {
@@ -40,7 +45,10 @@ pub struct Shared {
     pub params: LlamaParams,
     /// Per position: cosines, then sines, `head_size / 2` of each.
     pub angles: Vec<f32>,
-    pub hadamard_block: usize,
+    /// How the matrices are packed, in the order of the graph.
+    pub layouts: Vec<Layout>,
+    /// Threads of ONNX Runtime's pool, its caller among them.
+    pub threads: usize,
 }
 
 impl Shared {
@@ -61,7 +69,7 @@ impl Shared {
 }
 
 pub fn domain(shared: &Arc<Shared>) -> Result<OperatorDomain> {
-    use TensorElementType::{Float32, Int32, Uint8};
+    use TensorElementType::{Float32, Int8, Uint8};
     let op = |name, inputs: &[TensorElementType], outputs: &[TensorElementType], kernel| Op {
         name,
         inputs: inputs.to_vec(),
@@ -69,13 +77,14 @@ pub fn domain(shared: &Arc<Shared>) -> Result<OperatorDomain> {
         shared: Arc::clone(shared),
         kernel,
     };
+    let quantized = [Int8, Float32];
     OperatorDomain::new(DOMAIN)?
-        .add(op("NormQuantize", &[Float32], &[Uint8, Float32], norm_quantize))?
-        .add(op("Attention", &[Int32, Float32, Float32], &[Uint8, Float32], attention))?
-        .add(op("AddNormQuantize", &[Float32, Int32, Float32, Float32], &[Float32, Uint8, Float32], add_norm_quantize))?
-        .add(op("SampledNormQuantize", &[Float32, Int32, Float32, Float32], &[Uint8, Float32], sampled_norm_quantize))?
-        .add(op("SiluMulQuantize", &[Int32, Float32, Float32], &[Uint8, Float32], silu_mul_quantize))?
-        .add(op("Dequantize", &[Int32, Float32, Float32], &[Float32], dequantize))
+        .add(op("NormQuantize", &[Float32, Float32], &quantized, norm_quantize))?
+        .add(op("SampledNormQuantize", &[Float32, Float32], &quantized, sampled_norm_quantize))?
+        .add(op("Attention", &[Float32], &quantized, attention))?
+        .add(op("SiluMulQuantize", &[Float32], &quantized, silu_mul_quantize))?
+        .add(op("Linear", &[Int8, Float32, Uint8], &[Float32], linear))?
+        .add(op("LinearAdd", &[Int8, Float32, Uint8, Float32], &[Float32], linear))
 }
 
 /// One operator: its signature, and the function that computes it.
@@ -91,7 +100,9 @@ struct Op {
 struct Call<'a> {
     context: &'a ComputeContext,
     shared: &'a Shared,
-    layer: usize,
+    /// Of the layer, or of the matrix.
+    index: usize,
+    has_residual: bool,
 }
 
 /// Buffers that a kernel keeps from call to call.
@@ -117,11 +128,12 @@ impl Operator for Op {
     }
 
     fn create_kernel<'a>(&self, attributes: &KernelContext<'a>) -> Result<BoxedKernel<'a>> {
-        let layer = attributes.get::<i64>("layer").unwrap_or(0) as usize;
+        let index = attributes.get::<i64>("index").unwrap_or(0) as usize;
         Ok(Box::new(Guarded {
             name: self.name,
             shared: Arc::clone(&self.shared),
-            layer,
+            index,
+            has_residual: self.inputs.len() > 3,
             kernel: self.kernel,
             scratch: Scratch::default(),
         }))
@@ -131,15 +143,16 @@ impl Operator for Op {
 struct Guarded {
     name: &'static str,
     shared: Arc<Shared>,
-    layer: usize,
+    index: usize,
+    has_residual: bool,
     kernel: fn(&Call, &mut Scratch) -> Result<()>,
     scratch: Scratch,
 }
 
 impl Kernel for Guarded {
     fn compute(&mut self, context: &ComputeContext) -> Result<()> {
-        let Self { shared, layer, kernel, scratch, .. } = self;
-        let call = Call { context, shared, layer: *layer };
+        let Self { shared, index, has_residual, kernel, scratch, .. } = self;
+        let call = Call { context, shared, index: *index, has_residual: *has_residual };
         catch_unwind(AssertUnwindSafe(|| kernel(&call, scratch)))
             .unwrap_or_else(|_| Err(ort::Error::new(format!("operator {} panicked", self.name))))
     }
@@ -165,6 +178,12 @@ impl Call<'_> {
         Ok(Out { data: data.as_mut_ptr(), rows, columns })
     }
 
+    /// Outputs 0 and 1: rows of quants and their blocks' scales.
+    fn quantized(&self, rows: usize, columns: usize) -> Result<Quantized> {
+        let quants = self.output::<i8>(0, rows, columns)?;
+        Ok(Quantized { quants, scales: self.output::<f32>(1, rows, columns / BLOCK * 2)? })
+    }
+
     /// Runs `body` for each of `count` pieces of `cost` numbers each, on ONNX Runtime's threads if it pays.
     fn each(&self, count: usize, cost: usize, body: impl Fn(usize) + Sync + Send) -> Result<()> {
         if count * cost < PARALLEL_MIN || count == 1 {
@@ -172,10 +191,17 @@ impl Call<'_> {
             return Ok(());
         }
         let panicked = AtomicBool::new(false);
-        // As many batches as pieces: threads take them one by one, so unequal pieces still end together.
-        self.context.par_for(count, count, |piece| {
-            if catch_unwind(AssertUnwindSafe(|| body(piece))).is_err() {
-                panicked.store(true, Relaxed);
+        // One task a thread, and threads take pieces one by one: unequal pieces still end together, and ONNX
+        // Runtime has little to hand out.
+        let next = AtomicUsize::new(0);
+        let threads = self.shared.threads.min(count);
+        self.context.par_for(threads, threads, |_| {
+            while let piece = next.fetch_add(1, Relaxed)
+                && piece < count
+            {
+                if catch_unwind(AssertUnwindSafe(|| body(piece))).is_err() {
+                    panicked.store(true, Relaxed);
+                }
             }
         })?;
         if panicked.into_inner() { Err(ort::Error::new("a parallel piece panicked")) } else { Ok(()) }
@@ -207,106 +233,88 @@ impl<T> Out<T> {
         // SAFETY: within the buffer, by the assertion; unique, by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(row * self.columns), self.columns) }
     }
+}
 
+struct Quantized {
+    quants: Out<i8>,
+    scales: Out<f32>,
+}
+
+impl Quantized {
     /// # Safety
-    /// As for `row`.
-    unsafe fn set(&self, row: usize, value: T) {
+    /// As for [`Out::row`].
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn row(&self, row: usize) -> (&mut [i8], &mut [f32]) {
         // SAFETY: passed on.
-        unsafe { self.row(row)[0] = value };
+        unsafe { (self.quants.row(row), self.scales.row(row)) }
     }
 }
 
+/// Normalises and quantises every row. Inputs: rows, the norm's weights.
 fn norm_quantize(call: &Call, _: &mut Scratch) -> Result<()> {
     let (rows, width, x) = call.input::<f32>(0)?;
-    let quants = call.output::<u8>(0, rows, width)?;
-    let scales = call.output::<f32>(1, rows, 1)?;
-    let epsilon = call.shared.params.norm_epsilon;
-    call.each(rows, width, |r| {
-        // SAFETY: each piece has its own row.
-        unsafe { scales.set(r, rows::norm_quantize(&x[r * width..][..width], epsilon, quants.row(r))) }
-    })
-}
-
-/// The residual stream plus a projection, and the next matrix's input.
-fn add_norm_quantize(call: &Call, _: &mut Scratch) -> Result<()> {
-    let (rows, width, x) = call.input::<f32>(0)?;
-    let (_, _, products) = call.input::<i32>(1)?;
-    let (_, _, row_scales) = call.input::<f32>(2)?;
-    let (_, _, scales) = call.input::<f32>(3)?;
-    let sum = call.output::<f32>(0, rows, width)?;
-    let quants = call.output::<u8>(1, rows, width)?;
-    let quant_scales = call.output::<f32>(2, rows, 1)?;
+    let (_, _, weights) = call.input::<f32>(1)?;
+    let out = call.quantized(rows, width)?;
     let epsilon = call.shared.params.norm_epsilon;
     call.each(rows, 2 * width, |r| {
-        let span = r * width..(r + 1) * width;
         // SAFETY: each piece has its own row.
-        unsafe {
-            let sum = sum.row(r);
-            rows::dequantize_add(&products[span.clone()], row_scales[r], scales, &x[span], sum);
-            quant_scales.set(r, rows::norm_quantize(sum, epsilon, quants.row(r)));
-        }
+        let (quants, scales) = unsafe { out.row(r) };
+        rows::norm_quantize(&x[r * width..][..width], weights, epsilon, quants, scales);
     })
 }
 
 /// The same, for the rows whose logits are wanted and for nothing else.
-fn sampled_norm_quantize(call: &Call, scratch: &mut Scratch) -> Result<()> {
+fn sampled_norm_quantize(call: &Call, _: &mut Scratch) -> Result<()> {
     let (_, width, x) = call.input::<f32>(0)?;
-    let (_, _, products) = call.input::<i32>(1)?;
-    let (_, _, row_scales) = call.input::<f32>(2)?;
-    let (_, _, scales) = call.input::<f32>(3)?;
+    let (_, _, weights) = call.input::<f32>(1)?;
     let step = call.shared.step.read();
-    let quants = call.output::<u8>(0, step.sampled.len(), width)?;
-    let quant_scales = call.output::<f32>(1, step.sampled.len(), 1)?;
-    scratch.floats.resize(width, 0.0);
-    for (out, row) in step.sampled.iter().enumerate() {
-        let r = *row as usize;
-        let span = r * width..(r + 1) * width;
-        rows::dequantize_add(&products[span.clone()], row_scales[r], scales, &x[span], &mut scratch.floats);
-        let epsilon = call.shared.params.norm_epsilon;
+    let out = call.quantized(step.sampled.len(), width)?;
+    let epsilon = call.shared.params.norm_epsilon;
+    for (to, row) in step.sampled.iter().enumerate() {
         // SAFETY: one thread.
-        unsafe { quant_scales.set(out, rows::norm_quantize(&scratch.floats, epsilon, quants.row(out))) };
+        let (quants, scales) = unsafe { out.row(to) };
+        rows::norm_quantize(&x[*row as usize * width..][..width], weights, epsilon, quants, scales);
     }
     Ok(())
 }
 
-fn silu_mul_quantize(call: &Call, scratch: &mut Scratch) -> Result<()> {
-    let (rows, both, products) = call.input::<i32>(0)?;
-    let (_, _, row_scales) = call.input::<f32>(1)?;
-    let (_, _, scales) = call.input::<f32>(2)?;
-    let width = both / 2;
-    let quants = call.output::<u8>(0, rows, width)?;
-    let quant_scales = call.output::<f32>(1, rows, 1)?;
-    scratch.floats.resize(rows * width, 0.0);
-    let buffer = Out::over(&mut scratch.floats, width);
-    let block = call.shared.hadamard_block;
-    call.each(rows, 8 * width, |r| {
-        let products = &products[r * both..][..both];
+fn silu_mul_quantize(call: &Call, _: &mut Scratch) -> Result<()> {
+    let (rows, both, x) = call.input::<f32>(0)?;
+    let out = call.quantized(rows, both / 2)?;
+    call.each(rows, 4 * both, |r| {
         // SAFETY: each piece has its own row.
-        unsafe {
-            let scale = rows::silu_mul_quantize(products, row_scales[r], scales, block, buffer.row(r), quants.row(r));
-            quant_scales.set(r, scale);
-        }
+        let (quants, scales) = unsafe { out.row(r) };
+        rows::silu_mul_quantize(&x[r * both..][..both], quants, scales);
     })
 }
 
-fn dequantize(call: &Call, _: &mut Scratch) -> Result<()> {
-    let (rows, width, products) = call.input::<i32>(0)?;
-    let (_, _, row_scales) = call.input::<f32>(1)?;
-    let (_, _, scales) = call.input::<f32>(2)?;
-    let out = call.output::<f32>(0, rows, width)?;
-    call.each(rows, width, |r| {
-        // SAFETY: each piece has its own row.
-        unsafe { rows::dequantize(&products[r * width..][..width], row_scales[r], scales, out.row(r)) }
+/// Rows times a matrix, and plus a residual where there is one. Inputs: quants, scales, the packed matrix,
+/// the residual.
+fn linear(call: &Call, _: &mut Scratch) -> Result<()> {
+    let (count, _, quants) = call.input::<i8>(0)?;
+    let (_, _, scales) = call.input::<f32>(1)?;
+    let (_, _, weights) = call.input::<u8>(2)?;
+    let residual = if call.has_residual { Some(call.input::<f32>(3)?.2) } else { None };
+    let layout = &call.shared.layouts[call.index];
+    let out = call.output::<f32>(0, count, layout.outputs)?;
+    let rows = Rows { count, quants, scales };
+    let target = Target { data: out.data, residual };
+    let panels = layout.panels();
+    // Pieces of some microseconds: small enough to end together, large enough to be worth taking.
+    let work = count * layout.inputs * layout.outputs;
+    let pieces = (work / PIECE_PRODUCTS).clamp(1, panels.min(PIECES_MAX));
+    call.each(pieces, work / pieces, |piece| {
+        let (from, to) = (panels * piece / pieces, panels * (piece + 1) / pieces);
+        // SAFETY: pieces have different panels, and the output was made for these rows and columns.
+        unsafe { layout.multiply(weights, from..to, rows, target) };
     })
 }
 
 /// Rotary embedding, writing keys and values to their pages, attention over the pages, quantisation.
-/// Input: the integer products of the fused QKV projection, `[rows, heads + 2 * kv_heads, head_size]`.
+/// Input: the fused QKV projection, `[rows, heads + 2 * kv_heads, head_size]`.
 fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
-    let (rows, qkv_width, products) = call.input::<i32>(0)?;
-    let (_, _, row_scales) = call.input::<f32>(1)?;
-    let (_, _, scales) = call.input::<f32>(2)?;
-    let layer = call.layer;
+    let (rows, qkv_width, projected) = call.input::<f32>(0)?;
+    let layer = call.index;
     let Shared { step, cache, params, angles, .. } = call.shared;
     let step = step.read();
     if step.rows.len() != rows {
@@ -315,8 +323,7 @@ fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
     let (size, width, kv_width) = (params.head_size, params.width, params.kv_width());
     let shared_by = params.heads / params.kv_heads;
     let block_tokens = cache.shape.block_tokens;
-    let quants = call.output::<u8>(0, rows, width)?;
-    let quant_scales = call.output::<f32>(1, rows, 1)?;
+    let quantized = call.quantized(rows, width)?;
 
     scratch.floats.resize(rows * qkv_width, 0.0);
     let qkv = Out::over(&mut scratch.floats, qkv_width);
@@ -327,7 +334,7 @@ fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
         // SAFETY: each piece has its own row, and each row its own slot of the KV pages.
         unsafe {
             let row = qkv.row(r);
-            rows::dequantize(&products[r * qkv_width..][..qkv_width], row_scales[r], scales, row);
+            row.copy_from_slice(&projected[r * qkv_width..][..qkv_width]);
             let angles = &angles[position * size..][..size];
             let (queries, rest) = row.split_at_mut(width);
             let (keys, values) = rest.split_at_mut(kv_width);
@@ -374,7 +381,8 @@ fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
     let mixed = &scratch.more_floats[..rows * width];
     call.each(rows, width, |r| {
         // SAFETY: each piece has its own row.
-        unsafe { quant_scales.set(r, rows::quantize(&mixed[r * width..][..width], quants.row(r))) }
+        let (quants, scales) = unsafe { quantized.row(r) };
+        rows::quantize(&mixed[r * width..][..width], quants, scales);
     })
 }
 

@@ -133,6 +133,5 @@ pub struct DimensionProto {
 pub enum DataType {
     F32 = 1,
     U8 = 2,
-    I8 = 3,
     I64 = 7,
 }

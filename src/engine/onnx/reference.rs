@@ -160,7 +160,7 @@ impl Builder {
         from: &str,
         to: &str,
     ) -> Result<(), EngineError> {
-        let rows = dense(file, tensor, inputs, outputs)?.rows;
+        let rows = dense(file, tensor, inputs, outputs)?;
         let mut transposed = vec![0.0; rows.len()];
         for (n, row) in rows.chunks_exact(inputs).enumerate() {
             for (k, w) in row.iter().enumerate() {

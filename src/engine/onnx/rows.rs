@@ -1,16 +1,14 @@
 //! What happens to one row between two matrix products. Each result depends on its row alone, in a fixed
 //! order of operations: that is what makes answers independent of the batch.
 
-use super::rotation::hadamard;
-use crate::engine::simd::{exp, mul_add, multiversion};
-
-/// Quantised rows are unsigned around this.
-pub const ZERO_POINT: u8 = 128;
+use crate::{
+    engine::simd::{exp, mul_add, multiversion},
+    model::BLOCK,
+};
 
 multiversion! {
-    /// Root mean square normalisation without weights (those are folded into the next matrix), then
-    /// quantisation. Returns the row's scale.
-    pub fn norm_quantize(x: &[f32], epsilon: f32, quants: &mut [u8]) -> f32 {
+    /// Root mean square normalisation, then quantisation in blocks; see [`quantize`].
+    pub fn norm_quantize(x: &[f32], weights: &[f32], epsilon: f32, quants: &mut [i8], scales: &mut [f32]) {
         let mut squares = [0f32; 16];
         let (chunks, rest) = x.as_chunks::<16>();
         for chunk in chunks {
@@ -20,79 +18,117 @@ multiversion! {
         }
         let sum = squares.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>();
         let inverse = 1.0 / (sum / x.len() as f32 + epsilon).sqrt();
-        // Scaling a row changes its scale and not its quants, so the row itself needs no second pass.
-        inverse * quantize_body(x, quants)
+        let x = x.as_chunks::<BLOCK>().0.iter().zip(weights.as_chunks::<BLOCK>().0);
+        let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
+        for ((x, weights), (quants, scales)) in x.zip(out) {
+            let mut block = [0f32; BLOCK];
+            for i in 0..BLOCK {
+                block[i] = x[i] * inverse * weights[i];
+            }
+            *scales = quantize_block::<FMA>(&block, quants);
+        }
     }
 }
 
 multiversion! {
-    /// Symmetric quantisation of a row to 8 bits. Returns its scale.
-    pub fn quantize(x: &[f32], quants: &mut [u8]) -> f32 {
-        let _ = FMA;
-        quantize_body(x, quants)
+    /// Symmetric quantisation to 8 bits in blocks of 32. `scales` gets two numbers a block: its scale, and
+    /// that times the sum of its quants. A block with an infinity or a NaN gets a NaN for its scale.
+    pub fn quantize(x: &[f32], quants: &mut [i8], scales: &mut [f32]) {
+        let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
+        for (block, (quants, scales)) in x.as_chunks::<BLOCK>().0.iter().zip(out) {
+            *scales = quantize_block::<FMA>(block, quants);
+        }
     }
 }
 
 #[inline(always)]
-fn quantize_body(x: &[f32], quants: &mut [u8]) -> f32 {
-    let mut largest = [0f32; 16];
-    let (chunks, rest) = x.as_chunks::<16>();
-    for chunk in chunks {
-        for (most, x) in largest.iter_mut().zip(chunk) {
-            *most = if x.abs() > *most { x.abs() } else { *most };
-        }
+fn quantize_block<const AVX2: bool>(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [f32; 2] {
+    #[cfg(target_arch = "x86_64")]
+    if AVX2 {
+        // SAFETY: `multiversion` sets it where the machine has AVX2.
+        return unsafe { quantize_block_avx2(x, quants) };
     }
-    let largest = largest.iter().copied().chain(rest.iter().map(|x| x.abs())).fold(1e-30, f32::max);
+    quantize_block_plain(x, quants)
+}
+
+fn quantize_block_plain(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [f32; 2] {
+    let largest = x.iter().fold(LARGEST_MIN, |most: f32, x| if x.abs() > most { x.abs() } else { most });
     let inverse = 127.0 / largest;
+    let mut sum = 0i32;
     for (q, x) in quants.iter_mut().zip(x) {
-        // SAFETY: clamped to -127..=127. For a NaN any value would do: the scale carries it on, and logits
-        // that are not finite are refused before anything is sampled from them.
-        let n = (x * inverse).round_ties_even().clamp(-127.0, 127.0);
-        let n = if n.is_nan() { 0 } else { unsafe { n.to_int_unchecked::<i32>() } };
-        *q = (n + i32::from(ZERO_POINT)) as u8;
+        *q = (x * inverse).round_ties_even() as i8;
+        sum += i32::from(*q);
     }
-    largest / 127.0
+    let scale = if x.iter().all(|x| x.is_finite()) { largest / 127.0 } else { f32::NAN };
+    [scale, scale * sum as f32]
+}
+
+/// Keeps the scale of a block of zeros a number.
+const LARGEST_MIN: f32 = 1e-30;
+
+/// The same, by the same operations; the quants of a block that gets no scale may differ.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn quantize_block_avx2(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [f32; 2] {
+    use std::arch::x86_64::{
+        _CMP_LT_OQ, _mm_add_epi32, _mm_cvtsi128_si32, _mm_cvtss_f32, _mm_max_ps, _mm_movehl_ps, _mm_shuffle_epi32,
+        _mm_shuffle_ps, _mm256_add_epi32, _mm256_and_ps, _mm256_andnot_ps, _mm256_castps256_ps128,
+        _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256,
+        _mm256_loadu_ps, _mm256_max_ps, _mm256_movemask_ps, _mm256_mul_ps, _mm256_packs_epi16, _mm256_packs_epi32,
+        _mm256_permutevar8x32_epi32, _mm256_set_epi32, _mm256_set1_ps, _mm256_setzero_si256, _mm256_storeu_si256,
+    };
+    let (sign, infinity) = (_mm256_set1_ps(-0.0), _mm256_set1_ps(f32::INFINITY));
+    let mut most = _mm256_set1_ps(LARGEST_MIN);
+    let mut is_finite = _mm256_cmp_ps::<_CMP_LT_OQ>(sign, infinity);
+    let mut part = [_mm256_set1_ps(0.0); 4];
+    for i in 0..4 {
+        // SAFETY: eight numbers of the thirty-two.
+        part[i] = unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) };
+        let magnitude = _mm256_andnot_ps(sign, part[i]);
+        is_finite = _mm256_and_ps(is_finite, _mm256_cmp_ps::<_CMP_LT_OQ>(magnitude, infinity));
+        // Of a NaN and a number, the second operand.
+        most = _mm256_max_ps(magnitude, most);
+    }
+    let most = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
+    let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    let largest = _mm_cvtss_f32(_mm_max_ps(most, _mm_shuffle_ps::<1>(most, most)));
+    let inverse = _mm256_set1_ps(127.0 / largest);
+    let mut whole = [_mm256_setzero_si256(); 4];
+    let mut sums = _mm256_setzero_si256();
+    for i in 0..4 {
+        // Rounds to even, as no other part of the program tells the processor otherwise.
+        whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(part[i], inverse));
+        sums = _mm256_add_epi32(sums, whole[i]);
+    }
+    // Packing works in each half of a vector by itself, which the permutation undoes.
+    let low = _mm256_packs_epi32(whole[0], whole[1]);
+    let high = _mm256_packs_epi32(whole[2], whole[3]);
+    let order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    // SAFETY: thirty-two bytes.
+    unsafe { _mm256_storeu_si256(quants.as_mut_ptr().cast(), bytes) };
+    let sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+    let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b00_00_11_10>(sum));
+    let sum = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<1>(sum)));
+    let scale = if _mm256_movemask_ps(is_finite) == 0xff { largest / 127.0 } else { f32::NAN };
+    [scale, scale * sum as f32]
 }
 
 multiversion! {
-    /// Integer products to numbers: `out[n] = products[n] * row_scale * scales[n]`.
-    pub fn dequantize(products: &[i32], row_scale: f32, scales: &[f32], out: &mut [f32]) {
-        let _ = FMA;
-        for ((out, product), scale) in out.iter_mut().zip(products).zip(scales) {
-            *out = *product as f32 * (row_scale * scale);
+    /// `silu(gate) * up`, then quantisation in blocks; see [`quantize`]. `both` has the gate first, then the
+    /// up projection.
+    pub fn silu_mul_quantize(both: &[f32], quants: &mut [i8], scales: &mut [f32]) {
+        let (gates, ups) = both.split_at(both.len() / 2);
+        let both = gates.as_chunks::<BLOCK>().0.iter().zip(ups.as_chunks::<BLOCK>().0);
+        let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
+        for ((gates, ups), (quants, scales)) in both.zip(out) {
+            let mut block = [0f32; BLOCK];
+            for i in 0..BLOCK {
+                block[i] = gates[i] / (1.0 + exp::<FMA>(-gates[i])) * ups[i];
+            }
+            *scales = quantize_block::<FMA>(&block, quants);
         }
-    }
-}
-
-multiversion! {
-    /// The same, added to `x` (the residual stream).
-    pub fn dequantize_add(products: &[i32], row_scale: f32, scales: &[f32], x: &[f32], out: &mut [f32]) {
-        for (((out, product), scale), x) in out.iter_mut().zip(products).zip(scales).zip(x) {
-            *out = mul_add::<FMA>(*product as f32, row_scale * scale, *x);
-        }
-    }
-}
-
-multiversion! {
-    /// `silu(gate) * up`, a Hadamard transform in blocks, then quantisation. `products` and `scales` have
-    /// the gate first, then the up projection; `scratch` has the width of one. Returns the row's scale.
-    pub fn silu_mul_quantize(products: &[i32], row_scale: f32, scales: &[f32], hadamard_block: usize, scratch: &mut [f32], quants: &mut [u8]) -> f32 {
-        let width = scratch.len();
-        let (gates, ups) = products.split_at(width);
-        let (gate_scales, up_scales) = scales.split_at(width);
-        for i in 0..width {
-            let gate = gates[i] as f32 * (row_scale * gate_scales[i]);
-            let up = ups[i] as f32 * (row_scale * up_scales[i]);
-            scratch[i] = gate / (1.0 + exp::<FMA>(-gate)) * up;
-        }
-        if hadamard_block == 64 {
-            // A constant length lets the compiler unroll the butterflies.
-            let (blocks, _) = scratch.as_chunks_mut::<64>();
-            blocks.iter_mut().for_each(|block| hadamard(block));
-        } else {
-            scratch.chunks_exact_mut(hadamard_block).for_each(hadamard);
-        }
-        quantize_body(scratch, quants)
     }
 }
 
@@ -112,29 +148,61 @@ multiversion! {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
+    fn back(quants: &[i8], scales: &[f32]) -> Vec<f32> {
+        quants.iter().enumerate().map(|(i, q)| f32::from(*q) * scales[i / BLOCK * 2]).collect()
+    }
+
     #[test]
-    fn a_quantised_row_is_within_half_a_step_of_itself() {
-        let x: Vec<f32> = (0..100).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3).collect();
-        let mut q = vec![0; 100];
-        let scale = quantize(&x, &mut q);
-        for (x, q) in x.iter().zip(&q) {
-            assert!((x - (f32::from(*q) - 128.0) * scale).abs() <= scale * 0.501);
+    fn a_quantised_block_is_within_half_a_step_of_itself_and_knows_its_sum() {
+        let x: Vec<f32> = (0..96).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.3 * (1 + i / 32) as f32).collect();
+        let (mut q, mut s) = (vec![0; 96], vec![0.0; 6]);
+        quantize(&x, &mut q, &mut s);
+        for (i, y) in back(&q, &s).iter().enumerate() {
+            assert!((x[i] - y).abs() <= s[i / 32 * 2] * 0.501);
+        }
+        let sum: i32 = q[32..64].iter().map(|q| i32::from(*q)).sum();
+        assert_eq!(s[3], s[2] * sum as f32);
+    }
+
+    proptest! {
+        #[test]
+        fn quantisation_has_the_same_bits_on_any_machine(
+            x in prop::array::uniform32(prop_oneof![-9.0f32..9.0, Just(0.0), prop::num::f32::ANY]),
+        ) {
+            let (mut fast, mut plain) = ([0; BLOCK], [0; BLOCK]);
+            let mut scales = [0.0; 2];
+            quantize(&x, &mut fast, &mut scales);
+            let expected = quantize_block_plain(&x, &mut plain);
+            prop_assert_eq!(scales.map(f32::is_nan), expected.map(f32::is_nan));
+            if !expected[0].is_nan() {
+                prop_assert_eq!((fast, scales), (plain, expected));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_is_seen_in_its_block_s_scale_and_in_no_other() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = vec![1.0; 96];
+            x[40] = bad;
+            let (mut q, mut s) = (vec![0; 96], vec![0.0; 6]);
+            quantize(&x, &mut q, &mut s);
+            assert!(s[2].is_nan() && s[0].is_finite() && s[4].is_finite());
         }
     }
 
     #[test]
     fn silu_times_up_is_what_it_says() {
-        let products: Vec<i32> = (0..128).map(|i| (i * 37 % 101) - 50).collect();
-        let scales = vec![0.1f32; 128];
-        let (mut scratch, mut quants) = (vec![0.0; 64], vec![0; 64]);
-        let scale = silu_mul_quantize(&products, 0.5, &scales, 64, &mut scratch, &mut quants);
-        let mut back: Vec<f32> = quants.iter().map(|q| (f32::from(*q) - 128.0) * scale).collect();
-        hadamard(&mut back);
-        for i in 0..64 {
-            let (g, u) = (products[i] as f32 * 0.05, products[i + 64] as f32 * 0.05);
-            assert!((back[i] - g / (1.0 + (-g).exp()) * u).abs() < 0.05, "{i}");
+        let both: Vec<f32> = (0..128).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.05).collect();
+        let (mut q, mut s) = (vec![0; 64], vec![0.0; 4]);
+        silu_mul_quantize(&both, &mut q, &mut s);
+        for (i, y) in back(&q, &s).iter().enumerate() {
+            let (g, u) = (both[i], both[i + 64]);
+            assert!((y - g / (1.0 + (-g).exp()) * u).abs() < 0.03, "{i}");
         }
     }
 }
