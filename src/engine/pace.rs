@@ -143,9 +143,8 @@ fn solve(mut matrix: [[f64; FACTORS]; FACTORS], mut right: [f64; FACTORS]) -> [f
     for i in 0..FACTORS {
         for below in i + 1..FACTORS {
             let factor = matrix[below][i] / matrix[i][i];
-            for j in i..FACTORS {
-                matrix[below][j] -= factor * matrix[i][j];
-            }
+            let row = matrix[i];
+            matrix[below].iter_mut().zip(row).for_each(|(x, above)| *x -= factor * above);
             right[below] -= factor * right[i];
         }
     }

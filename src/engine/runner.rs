@@ -109,6 +109,7 @@ struct Settings {
     sequences_max: usize,
     step_tokens_max: usize,
     block_tokens: usize,
+    blocks: usize,
     prefix_cache: bool,
     speculation: Speculation,
 }
@@ -180,6 +181,7 @@ impl Runner {
             sequences_max: spec.sequences_max,
             step_tokens_max: spec.step_tokens_max,
             block_tokens: spec.kv_block_tokens,
+            blocks,
             prefix_cache: spec.prefix_cache,
             // A script says what happens at which token; it is to be met a token a step.
             speculation: match spec.backend {
@@ -195,7 +197,7 @@ impl Runner {
             Backend::Scripted => Box::new(Scripted::new(Arc::clone(&vocabulary))),
         };
         let counts = Counts::new(metrics, spec.model.as_str());
-        let runner = Self::new(forward, vocabulary, blocks, settings, Instant::now, shared, gauges, counts);
+        let runner = Self::new(forward, vocabulary, settings, Instant::now, shared, gauges, counts);
         runner.publish_load();
         Ok(runner)
     }
@@ -203,7 +205,6 @@ impl Runner {
     fn new(
         forward: Box<dyn Forward>,
         vocabulary: Arc<Vocabulary>,
-        blocks: usize,
         settings: Settings,
         clock: fn() -> Instant,
         shared: Arc<Shared>,
@@ -213,7 +214,7 @@ impl Runner {
         Self {
             forward,
             vocabulary,
-            pool: BlockPool::new(blocks, settings.block_tokens, settings.prefix_cache),
+            pool: BlockPool::new(settings.blocks, settings.block_tokens, settings.prefix_cache),
             settings,
             running: Vec::new(),
             waiting: Line::new(),

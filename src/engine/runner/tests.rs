@@ -94,12 +94,13 @@ fn vocabulary() -> Arc<Vocabulary> {
     Arc::new(Vocabulary::of_text(WORDS.map(str::to_owned).to_vec(), vec![0]))
 }
 
-fn settings() -> Settings {
+fn settings(blocks: usize) -> Settings {
     Settings {
         context_tokens_max: 80,
         sequences_max: 4,
         step_tokens_max: 16,
         block_tokens: BLOCK,
+        blocks,
         prefix_cache: true,
         speculation: Speculation::Off,
     }
@@ -111,13 +112,13 @@ fn clock() -> Instant {
     *NOW
 }
 
-fn runner(settings: Settings, blocks: usize) -> (Runner, Rc<RefCell<Record>>) {
+fn runner(settings: Settings) -> (Runner, Rc<RefCell<Record>>) {
     let record = Rc::<RefCell<Record>>::default();
-    let witness = Witness { slots: vec![0; blocks * BLOCK], logits: Vec::new(), record: Rc::clone(&record) };
+    let witness = Witness { slots: vec![0; settings.blocks * BLOCK], logits: Vec::new(), record: Rc::clone(&record) };
     let metrics = Metrics::new();
     let (gauges, counts) = (Gauges::new(&metrics, "test"), Counts::new(&metrics, "test"));
     let shared = Arc::new(Shared::new(64));
-    (Runner::new(Box::new(witness), vocabulary(), blocks, settings, clock, shared, gauges, counts), record)
+    (Runner::new(Box::new(witness), vocabulary(), settings, clock, shared, gauges, counts), record)
 }
 
 fn request(id: &str, prompt: &[u32], output_tokens_max: u32) -> EngineRequest {
@@ -232,7 +233,7 @@ fn served(runner: &mut Runner, requests: &[EngineRequest]) -> Heard {
 
 #[test]
 fn a_prefix_that_was_served_is_not_computed_again_and_is_told_to_the_block() {
-    let (mut runner, record) = runner(settings(), 60);
+    let (mut runner, record) = runner(settings(60));
     let first = request("first", &prompt(1, 22), 6);
     assert_eq!(served(&mut runner, std::slice::from_ref(&first)).usage("first").cached_tokens, 0);
     let computed: usize = record.borrow().rows.iter().sum();
@@ -256,11 +257,11 @@ fn another_lane_another_salt_and_a_cache_that_is_off_find_nothing() {
     let first = request("first", &prompt(1, 22), 2);
     let lane = EngineRequest { lane: "other".into(), ..request("lane", &first.prompt, 2) };
     let salt = EngineRequest { cache_salt: b"salt".to_vec(), ..request("salt", &first.prompt, 2) };
-    let (mut on, _) = runner(settings(), 60);
+    let (mut on, _) = runner(settings(60));
     served(&mut on, std::slice::from_ref(&first));
     let heard = served(&mut on, &[lane, salt]);
     assert_eq!((heard.usage("lane").cached_tokens, heard.usage("salt").cached_tokens), (0, 0));
-    let (mut off, _) = runner(Settings { prefix_cache: false, ..settings() }, 60);
+    let (mut off, _) = runner(Settings { prefix_cache: false, ..settings(60) });
     let again = request("again", &first.prompt, 2);
     let heard = served(&mut off, &[first, again]);
     assert_eq!((heard.usage("first").cached_tokens, heard.usage("again").cached_tokens), (0, 0));
@@ -268,7 +269,7 @@ fn another_lane_another_salt_and_a_cache_that_is_off_find_nothing() {
 
 #[test]
 fn requests_that_come_together_compute_their_common_prefix_once() {
-    let (mut runner, record) = runner(settings(), 60);
+    let (mut runner, record) = runner(settings(60));
     let common = prompt(1, 40);
     let requests: Vec<_> =
         (0..4).map(|i| request(&i.to_string(), &[&common[..], &prompt(100 + i, 5)].concat(), 3)).collect();
@@ -282,7 +283,7 @@ fn requests_that_come_together_compute_their_common_prefix_once() {
 
 #[test]
 fn when_the_one_that_computes_a_common_prefix_goes_another_goes_on_where_it_stood() {
-    let (mut runner, record) = runner(settings(), 60);
+    let (mut runner, record) = runner(settings(60));
     let common = prompt(1, 60);
     let requests = [request("first", &common, 3), request("second", &common, 3)];
     submit(&mut runner, &requests);
@@ -299,13 +300,13 @@ fn when_the_one_that_computes_a_common_prefix_goes_another_goes_on_where_it_stoo
 
 #[test]
 fn nobody_waits_for_the_prefix_of_a_lower_class() {
-    let (mut runner, _) = runner(settings(), 60);
+    let (mut runner, _) = runner(settings(60));
     let common = prompt(1, 60);
     let low = EngineRequest { priority: Priority::Low, ..request("low", &common, 3) };
     let high = EngineRequest { priority: Priority::High, ..request("high", &common, 3) };
-    submit(&mut runner, &[low.clone()]);
+    submit(&mut runner, std::slice::from_ref(&low));
     runner.step().unwrap();
-    submit(&mut runner, &[high.clone()]);
+    submit(&mut runner, std::slice::from_ref(&high));
     runner.step().unwrap();
     assert_eq!((runner.running.len(), runner.waiting.len()), (2, 0));
     let mut heard = Heard::default();
@@ -316,7 +317,7 @@ fn nobody_waits_for_the_prefix_of_a_lower_class() {
 
 #[test]
 fn a_cancelled_request_takes_no_part_in_the_next_step_wherever_it_was() {
-    let (mut runner, record) = runner(Settings { sequences_max: 1, ..settings() }, 60);
+    let (mut runner, record) = runner(Settings { sequences_max: 1, ..settings(60) });
     let requests = [request("runs", &prompt(1, 6), 40), request("waits", &prompt(2, 6), 40)];
     submit(&mut runner, &requests);
     (0..5).for_each(|_| runner.step().unwrap());
@@ -333,7 +334,7 @@ fn a_cancelled_request_takes_no_part_in_the_next_step_wherever_it_was() {
 
 #[test]
 fn what_is_no_number_fails_its_own_request_and_leaves_the_others_alone() {
-    let (mut runner, _) = runner(settings(), 60);
+    let (mut runner, _) = runner(settings(60));
     let good = request("good", &prompt(1, 9), 20);
     submit(&mut runner, &[request("bad", &[1, 2, POISON, 3], 20), good.clone()]);
     let mut heard = Heard::default();
@@ -347,7 +348,7 @@ fn right_guesses_save_steps_and_change_nothing_else() {
     let requests: Vec<_> = (0..3).map(|i| request(&i.to_string(), &prompt(i, 6), 60)).collect();
     let mut steps = Vec::new();
     for speculation in [Speculation::Off, Speculation::Always] {
-        let (mut runner, record) = runner(Settings { speculation, step_tokens_max: 32, ..settings() }, 80);
+        let (mut runner, record) = runner(Settings { speculation, step_tokens_max: 32, ..settings(80) });
         served(&mut runner, &requests);
         let (drafted, accepted) = (runner.counts.drafted_tokens.get(), runner.counts.accepted_draft_tokens.get());
         assert_eq!(drafted > 0, speculation == Speculation::Always);
@@ -371,7 +372,7 @@ fn an_answer_ends_inside_right_guesses_exactly_where_it_would_have_without() {
             }
             _ => request.ignore_eos = false,
         }
-        let (mut runner, _) = runner(Settings { speculation: Speculation::Always, ..settings() }, 80);
+        let (mut runner, _) = runner(Settings { speculation: Speculation::Always, ..settings(80) });
         served(&mut runner, &[request]);
     }
 }
@@ -407,8 +408,8 @@ proptest! {
         speculates: bool,
     ) {
         let speculation = if speculates { Speculation::Always } else { Speculation::Off };
-        let settings = Settings { sequences_max, step_tokens_max, prefix_cache, speculation, ..settings() };
-        let (mut runner, _) = runner(settings, blocks);
+        let settings = Settings { sequences_max, step_tokens_max, prefix_cache, speculation, ..settings(blocks) };
+        let (mut runner, _) = runner(settings);
         let mut heard = Heard::default();
         let mut requests = Vec::new();
         for act in acts {
