@@ -188,7 +188,7 @@ mod tests {
         let budget = |mib| Budget { bytes: mib * MIB, name: "node.memory_max_mib" };
         budget(1400).check(&needs).unwrap();
         let error = budget(1300).check(&needs).unwrap_err().to_string();
-        let said = "1389 MiB of memory are needed and 1300 allowed (node.memory_max_mib): \
+        let said = "1387 MiB of memory are needed and 1300 allowed (node.memory_max_mib): \
                     a: weights 100, KV blocks 512, work 2; b: weights 100, KV blocks 512, work 2; the process 160.";
         assert!(error.starts_with(said), "{error}");
     }
