@@ -35,8 +35,8 @@ fn weight_bytes(file: &ModelFile) -> u64 {
     let tensors = file.gguf.tensor_names().filter_map(|name| Some((name, file.gguf.tensor(name).ok()?)));
     let bytes = tensors.map(|(name, tensor)| {
         let numbers = tensor.dims.iter().product::<u64>();
-        // A byte a number, and for each 32 of them a scale and an offset in half precision.
-        let packed = numbers + numbers / 8;
+        // Half a byte or a whole one a number, and for each 32 of them a scale and an offset in half precision.
+        let packed = if tensor.affine_bits() > 4 { numbers } else { numbers / 2 } + numbers / 8;
         let stored = file.gguf.bytes(tensor).len() as u64;
         match name {
             "token_embd.weight" if head_is_tied => stored + packed,

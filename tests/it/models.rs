@@ -45,11 +45,15 @@ impl Place {
     }
 
     fn run(&self, arguments: &[&str]) -> Done {
+        self.lightcone(&[&["models"], arguments].concat())
+    }
+
+    fn lightcone(&self, arguments: &[&str]) -> Done {
         let mut command = Command::new(env!("CARGO_BIN_EXE_lightcone"));
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("LIGHTCONE_")) {
             command.env_remove(name);
         }
-        command.arg("models").args(arguments).args(["--output", "json", "--config"]);
+        command.args(arguments).args(["--output", "json", "--config"]);
         command.arg(self.folder.path().join("config.toml")).arg("--data-dir").arg(self.folder.path());
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         let output = command.output().expect("the program runs");
@@ -329,4 +333,25 @@ fn check_measures_the_served_model_and_fails_where_there_is_none() {
     assert!((0.8..1.25).contains(&ratio), "{}", done.answer);
     assert!(done.answer["kl_mean"].as_f64().unwrap() < 0.1, "{}", done.answer);
     assert_eq!(done.code == Some(1), done.errors.contains("too far from its file's weights"), "{}", done.errors);
+}
+
+#[test]
+fn a_node_whose_models_do_not_fit_or_whose_cpus_are_not_there_says_so_and_does_not_start() {
+    let place = Place::new();
+    fs::create_dir_all(place.file("")).unwrap();
+    fs::write(place.file("used.gguf"), small_model(3).encode()).unwrap();
+    let config = fs::read_to_string(place.folder.path().join("config.toml")).unwrap();
+    let starts = |more: &str, said: &str| {
+        fs::write(place.folder.path().join("config.toml"), format!("{more}\n{config}")).unwrap();
+        let done = place.lightcone(&["serve", "--listen", "127.0.0.1:0"]);
+        assert_eq!(done.code, Some(5), "{}", done.errors);
+        let last = done.errors.lines().last().unwrap_or_default();
+        assert!(last.starts_with("lightcone: ") && last.contains(said), "{}", done.errors);
+    };
+    // 512 MiB of KV blocks alone are more.
+    starts(
+        "[node]\nmemory_max_mib = 600",
+        "and 600 allowed (node.memory_max_mib): tzafon.sm-1: weights 1, KV blocks 512,",
+    );
+    starts("[engine]\ncpu_set = \"1023\"", "engine.cpu_set names CPU 1023, which this process may not use");
 }
