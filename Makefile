@@ -30,7 +30,7 @@ test: ## Run every test, the client libraries' included
 lint: ## Formatting, clippy with warnings denied, house rules of the tree
 	@exec scripts/lint.sh
 
-bench: ## Compare with llama-server by hand, on an otherwise idle machine
+bench: ## Compare with llama-server, onnxruntime-genai and vLLM by hand, on an otherwise idle machine
 	@exec load-tests/compare $(ARGS)
 
 clean: ## Remove build outputs; DATA_DIR stays
