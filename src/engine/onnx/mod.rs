@@ -88,6 +88,7 @@ impl OnnxModel {
                 .as_ref()
                 .map_or(Vec::new(), |sliding| Shared::angles(params, sliding.rope_base, context_tokens)),
             layouts,
+            threads: runtime.options.threads,
         });
         let session = session(runtime, &shared, tensors)?;
         file.gguf.release_pages();

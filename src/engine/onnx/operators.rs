@@ -7,7 +7,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
 };
 
@@ -34,7 +34,9 @@ type Result<T> = ort::Result<T>;
 /// Numbers below which one thread is faster than waking another.
 const PARALLEL_MIN: usize = 16 * 1024;
 /// Products of codes and quants that one piece of a matrix product has, about.
-const PIECE_PRODUCTS: usize = 512 * 1024;
+const PIECE_PRODUCTS: usize = 128 * 1024;
+/// Pieces of one matrix product, at most.
+const PIECES_MAX: usize = 64;
 
 /// What the kernels share with the engine's thread, which changes it between runs.
 pub struct Shared {
@@ -47,6 +49,8 @@ pub struct Shared {
     pub window_angles: Vec<f32>,
     /// How the matrices are packed, in the order of the graph.
     pub layouts: Vec<Layout>,
+    /// Threads of ONNX Runtime's pool, its caller among them.
+    pub threads: usize,
 }
 
 impl Shared {
@@ -192,10 +196,17 @@ impl Call<'_> {
             return Ok(());
         }
         let panicked = AtomicBool::new(false);
-        // As many batches as pieces: threads take them one by one, so unequal pieces still end together.
-        self.context.par_for(count, count, |piece| {
-            if catch_unwind(AssertUnwindSafe(|| body(piece))).is_err() {
-                panicked.store(true, Relaxed);
+        // One task a thread, and threads take pieces one by one: unequal pieces still end together, and ONNX
+        // Runtime has little to hand out.
+        let next = AtomicUsize::new(0);
+        let threads = self.shared.threads.min(count);
+        self.context.par_for(threads, threads, |_| {
+            while let piece = next.fetch_add(1, Relaxed)
+                && piece < count
+            {
+                if catch_unwind(AssertUnwindSafe(|| body(piece))).is_err() {
+                    panicked.store(true, Relaxed);
+                }
             }
         })?;
         if panicked.into_inner() { Err(ort::Error::new("a parallel piece panicked")) } else { Ok(()) }
@@ -319,7 +330,7 @@ fn linear(call: &Call, _: &mut Scratch) -> Result<()> {
     let panels = layout.panels();
     // Pieces of some microseconds: small enough to end together, large enough to be worth taking.
     let work = count * layout.inputs * layout.outputs;
-    let pieces = (work / PIECE_PRODUCTS).clamp(1, panels);
+    let pieces = (work / PIECE_PRODUCTS).clamp(1, panels.min(PIECES_MAX));
     call.each(pieces, work / pieces, |piece| {
         let (from, to) = (panels * piece / pieces, panels * (piece + 1) / pieces);
         // SAFETY: pieces have different panels, and the output was made for these rows and columns.
