@@ -268,3 +268,126 @@ impl Keys<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    enum Key {
+        Number(u32),
+        Decimal(f32),
+        Text(&'static str),
+        Bools(&'static [bool]),
+    }
+    use Key::{Bools, Decimal, Number, Text};
+
+    /// What is read of a file with these keys and these tensors, all zero.
+    fn read(keys: &[(&str, Key)], tensors: &[(&str, &[u64])]) -> Result<ModelParams, GgufError> {
+        let text = |b: &mut Vec<u8>, s: &str| {
+            b.extend((s.len() as u64).to_le_bytes());
+            b.extend(s.as_bytes());
+        };
+        let mut b = b"GGUF\x03\0\0\0".to_vec();
+        b.extend((tensors.len() as u64).to_le_bytes());
+        b.extend((keys.len() as u64).to_le_bytes());
+        for (name, key) in keys {
+            text(&mut b, name);
+            match key {
+                Number(n) => b.extend([4u32, *n].map(u32::to_le_bytes).concat()),
+                Decimal(x) => b.extend([6u32.to_le_bytes(), x.to_le_bytes()].concat()),
+                Text(s) => {
+                    b.extend(8u32.to_le_bytes());
+                    text(&mut b, s);
+                }
+                Bools(list) => {
+                    b.extend([9u32, 7, list.len() as u32, 0].map(u32::to_le_bytes).concat());
+                    b.extend(list.iter().map(|x| u8::from(*x)));
+                }
+            }
+        }
+        for (name, dims) in tensors {
+            text(&mut b, name);
+            b.extend((dims.len() as u32).to_le_bytes());
+            dims.iter().for_each(|dim| b.extend(dim.to_le_bytes()));
+            b.extend([0; 12]);
+        }
+        b.resize(b.len() + 4096, 0);
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&b).unwrap();
+        ModelParams::read(&Gguf::open(file.path())?)
+    }
+
+    fn gemma(changes: impl IntoIterator<Item = (&'static str, Key)>) -> Result<ModelParams, GgufError> {
+        let mut keys = vec![
+            ("general.architecture", Text("gemma3")),
+            ("gemma3.embedding_length", Number(8)),
+            ("gemma3.feed_forward_length", Number(12)),
+            ("gemma3.block_count", Number(7)),
+            ("gemma3.attention.head_count", Number(2)),
+            ("gemma3.attention.head_count_kv", Number(1)),
+            ("gemma3.attention.key_length", Number(16)),
+            ("gemma3.attention.sliding_window", Number(4)),
+            ("gemma3.attention.layer_norm_rms_epsilon", Decimal(1e-6)),
+            ("gemma3.context_length", Number(64)),
+            ("gemma3.rope.freq_base", Decimal(1e6)),
+        ];
+        for (name, key) in changes {
+            keys.retain(|(known, _)| *known != name);
+            keys.push((name, key));
+        }
+        read(&keys, &[("token_embd.weight", &[8, 5]), ("blk.6.post_ffw_norm.weight", &[8])])
+    }
+
+    #[test]
+    fn windows_follow_the_default_pattern_the_file_s_period_or_its_list() {
+        let windows = |p: ModelParams| (0..p.layers).map(|layer| p.window(layer).is_some()).collect::<Vec<_>>();
+        let p = gemma([]).unwrap();
+        assert_eq!((p.window(0), p.rope_base_of(0), p.window(5), p.rope_base_of(5)), (Some(4), 1e4, None, 1e6));
+        assert_eq!(windows(p), [true, true, true, true, true, false, true]);
+        let every = gemma([("gemma3.attention.sliding_window_pattern", Number(2))]).unwrap();
+        assert_eq!(windows(every), [true, false, true, false, true, false, true]);
+        const LIST: &[bool] = &[false, true, true, false, false, false, true];
+        let listed = gemma([("gemma3.attention.sliding_window_pattern", Bools(LIST))]).unwrap();
+        assert_eq!(windows(listed), LIST);
+        assert!(gemma([("gemma3.attention.sliding_window_pattern", Bools(&LIST[..3]))]).is_err());
+    }
+
+    #[test]
+    fn what_a_file_asks_for_and_nobody_computes_is_an_error_that_names_it() {
+        for (name, key) in [
+            ("gemma3.final_logit_softcapping", Decimal(30.0)),
+            ("gemma3.rope.scaling.type", Text("yarn")),
+            ("gemma3.expert_count", Number(8)),
+            ("gemma3.attention.value_length", Number(32)),
+            ("gemma3.rope.dimension_count", Number(8)),
+        ] {
+            let error = gemma([(name, key)]).unwrap_err().to_string();
+            assert!(error.contains("not supported"), "{name}: {error}");
+        }
+        let error = gemma([("general.architecture", Text("mamba"))]).unwrap_err();
+        assert_eq!(error.to_string(), "architecture `mamba` is not supported (llama and gemma3 are)");
+        let p = gemma([]).unwrap();
+        assert!(p.is_known("blk.0.attn_q_norm.weight") && !p.is_known("blk.7.attn_q.weight"));
+        assert!(!p.is_known("blk.0.attn_q.bias") && !p.is_known("blk.0.ffn_gate_exps.weight"));
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        for (name, number) in [
+            ("gemma3.block_count", 0),
+            ("gemma3.block_count", u32::MAX),
+            ("gemma3.attention.head_count", 0),
+            ("gemma3.attention.head_count_kv", 3),
+            ("gemma3.attention.key_length", 15),
+            ("gemma3.embedding_length", 16),
+            ("gemma3.attention.sliding_window", 0),
+            ("gemma3.context_length", u32::MAX),
+        ] {
+            assert!(gemma([(name, Number(number))]).is_err(), "{name} {number}");
+        }
+        assert!(gemma([("gemma3.rope.freq_base", Decimal(f32::NAN))]).is_err());
+        assert!(gemma([("gemma3.attention.layer_norm_rms_epsilon", Decimal(f32::INFINITY))]).is_err());
+    }
+}

@@ -51,7 +51,7 @@ enum Rules {
         /// Does not: for what users write.
         plain: Box<Bpe>,
     },
-    SentencePiece(SentencePiece),
+    SentencePiece(Box<SentencePiece>),
 }
 
 impl Tokenizer {
@@ -65,7 +65,7 @@ impl Tokenizer {
                 Rules::ByteLevel { with_specials: Box::new(with_specials), plain: Box::new(plain) }
             }
             Scheme::SentencePiece { scores, has_space_prefix } => {
-                Rules::SentencePiece(SentencePiece::new(&vocabulary, scores, *has_space_prefix)?)
+                Rules::SentencePiece(Box::new(SentencePiece::new(&vocabulary, scores, *has_space_prefix)?))
             }
         };
         let kinds = vocabulary.kinds.iter().zip(&vocabulary.tokens).zip(0u32..);

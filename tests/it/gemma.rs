@@ -113,32 +113,6 @@ fn the_fp32_reference_predicts_what_llama_cpp_predicts_beyond_the_sliding_window
     let near = Nearness::of(&predictions, &logits, file.params.vocabulary);
     assert!((near.perplexity / near.expected - 1.0).abs() < 0.001);
     assert!(near.top1 >= 0.995 && near.off < 0.005);
-    adhoc(&logits);
-}
-
-fn adhoc(logits: &[f32]) {
-    if let Ok(path) = std::env::var("KLD") {
-        let data = std::fs::read(path).unwrap();
-        let row = 262144 * 2 + 8;
-        let start = 20 + 4 * 1024;
-        let mut kl = 0.0f64;
-        for i in 0..511 {
-            let r = &data[start + i * row..][..row];
-            let s = f32::from_le_bytes(r[..4].try_into().unwrap());
-            let m = f32::from_le_bytes(r[4..8].try_into().unwrap());
-            let l = &logits[i * 262144..][..262144];
-            let largest = l.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let total: f64 = l.iter().map(|x| f64::from(x - largest).exp()).sum();
-            for (j, x) in l.iter().enumerate() {
-                let p = f64::from(x - largest) - total.ln();
-                let q = f64::from(s * u16::from_le_bytes([r[8 + 2 * j], r[9 + 2 * j]]) as f32 + m);
-                if q > -14.0 {
-                    kl += q.exp() * (q - p);
-                }
-            }
-        }
-        println!("KL {}", kl / 511.0);
-    }
 }
 
 /// Logits of one sequence's tokens from `first` on, computed `chunk` rows at a time beside `neighbour`.
@@ -177,13 +151,12 @@ fn the_served_graph_predicts_it_too_whatever_the_chunks_and_the_company() {
     let logits = served(&mut model, tokens, first, 128, &[]);
     let vocabulary = file.params.vocabulary;
     let near = Nearness::of(&predictions, &logits, vocabulary);
-    adhoc(&logits);
     assert!((near.perplexity / near.expected - 1.0).abs() < 0.01);
-    assert!(near.top1 >= 0.93 && near.off < 0.12);
+    assert!(near.top1 >= 0.95 && near.off < 0.1);
     // Windows begin at another token in each row, so tiles of other rows would show.
-    let last = tokens.len() - 40;
+    let (last, end) = (640, 680);
     for (chunk, neighbour) in [(47, &tokens[100..180]), (301, &tokens[..1])] {
-        let other = served(&mut model, tokens, last, chunk, neighbour);
-        assert!(other == logits[(last - first) * vocabulary..], "chunks of {chunk}");
+        let other = served(&mut model, &tokens[..end], last, chunk, neighbour);
+        assert!(other == logits[(last - first) * vocabulary..(end - first) * vocabulary], "chunks of {chunk}");
     }
 }

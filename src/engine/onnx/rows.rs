@@ -145,24 +145,32 @@ multiversion! {
     /// `silu(gate) * up`, then quantisation in blocks; see [`quantize`]. `both` has the gate first, then the
     /// up projection.
     pub fn silu_mul_quantize(both: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-        gated::<FMA>(both, quants, scales, |gate| gate / (1.0 + exp::<FMA>(-gate)));
+        gated::<FMA>(both, quants, scales, silu::<FMA>);
     }
 }
 
 multiversion! {
     /// The same with GELU, as approximated by tanh.
     pub fn gelu_mul_quantize(both: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-        // `(1 + tanh(a)) / 2` is `1 / (1 + e^-2a)`; the factor is -2 times the root of 2 / pi.
-        const FACTOR: f32 = -1.595_769_1;
-        gated::<FMA>(both, quants, scales, |gate| {
-            let cubic = mul_add::<FMA>(gate * gate * 0.044_715, gate, gate);
-            gate / (1.0 + exp::<FMA>(FACTOR * cubic))
-        });
+        gated::<FMA>(both, quants, scales, gelu::<FMA>);
     }
 }
 
 #[inline(always)]
-fn gated<const AVX2: bool>(both: &[f32], quants: &mut [i8], scales: &mut [f32], activation: impl Fn(f32) -> f32) {
+fn silu<const FMA: bool>(x: f32) -> f32 {
+    x / (1.0 + exp::<FMA>(-x))
+}
+
+/// `x / 2 * (1 + tanh(a))` with `a` the root of 2 / pi times `x + 0.044715 x^3`; `(1 + tanh(a)) / 2` is
+/// `1 / (1 + e^-2a)`.
+#[inline(always)]
+fn gelu<const FMA: bool>(x: f32) -> f32 {
+    const MINUS_TWICE_THE_ROOT: f32 = -1.595_769;
+    x / (1.0 + exp::<FMA>(MINUS_TWICE_THE_ROOT * mul_add::<FMA>(x * x * 0.044_715, x, x)))
+}
+
+#[inline(always)]
+fn gated<const FMA: bool>(both: &[f32], quants: &mut [i8], scales: &mut [f32], activation: impl Fn(f32) -> f32) {
     let (gates, ups) = both.split_at(both.len() / 2);
     let both = gates.as_chunks::<BLOCK>().0.iter().zip(ups.as_chunks::<BLOCK>().0);
     let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
@@ -171,7 +179,7 @@ fn gated<const AVX2: bool>(both: &[f32], quants: &mut [i8], scales: &mut [f32], 
         for i in 0..BLOCK {
             block[i] = activation(gates[i]) * ups[i];
         }
-        *scales = quantize_block::<AVX2>(&block, quants);
+        *scales = quantize_block::<FMA>(&block, quants);
     }
 }
 
