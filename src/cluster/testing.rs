@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::domain::{Claim, Job, KeyId, ModelId, NanoUsd, NodeId, Price, ReplyTo, RequestId, SamplingParams, TenantId};
+use crate::domain::{
+    Claim, Job, KeyId, ModelId, NanoUsd, NodeId, Price, Priority, ReplyTo, RequestId, SamplingParams, TenantId,
+};
 
 pub fn claim(request: &str, edge: &str) -> Arc<Claim> {
     Arc::new(Claim { job: job(request, edge), owner: NodeId::from("node_worker"), attempt: 1 })
@@ -20,6 +22,8 @@ pub fn job(request: &str, edge: &str) -> Job {
         sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 },
         stop: Vec::new(),
         ignore_eos: true,
+        cache_salt: String::new(),
+        priority: Priority::default(),
         price,
         price_version: "test".into(),
         hold: NanoUsd::new(3 * 200 + 8 * 300),

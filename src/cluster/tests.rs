@@ -85,6 +85,8 @@ impl Tree {
                     step_tokens_max,
                     kv_block_tokens,
                     kv_memory_bytes,
+                    prefix_cache: true,
+                    speculation: engine::Speculation::Auto,
                 };
                 engine::spawn(spec, sink, Arc::clone(&with))
             }),

@@ -111,6 +111,10 @@ fn submit(station: &Station, engine: &EngineHandle, claim: &Claim) {
         sampling: job.sampling.clone(),
         stop: job.stop.clone(),
         ignore_eos: job.ignore_eos,
+        priority: job.priority,
+        // To the engine tenants are lanes: it need not know what a tenant is to keep them apart.
+        lane: job.tenant.as_str().into(),
+        cache_salt: job.cache_salt.clone().into_bytes(),
     };
     if let Err(error) = engine.submit(request) {
         tracing::error!(request = %job.request, %error, "the engine did not take a request");

@@ -105,6 +105,8 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("spinning", OneOf(&["auto", "on", "off"])),
             ("providers", SomeOf(&["cpu", "cuda", "tensorrt", "rocm", "migraphx", "directml", "coreml", "openvino"])),
             ("kv_block_tokens", Integer(1, 1024)),
+            ("prefix_cache", Flag),
+            ("speculation", OneOf(&["auto", "off"])),
             ("stall_ms_max", Integer(1000, HOUR_MS)),
         ],
     ),

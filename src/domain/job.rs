@@ -17,6 +17,25 @@ pub struct SamplingParams {
     pub seed: u64,
 }
 
+/// Who goes first where requests wait for a place in a batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Priority {
+    Low,
+    #[default]
+    Normal,
+    High,
+}
+
+impl Priority {
+    /// The class above; the highest stays.
+    pub fn next(self) -> Self {
+        match self {
+            Self::Low => Self::Normal,
+            Self::Normal | Self::High => Self::High,
+        }
+    }
+}
+
 /// Where the tokens of a request go: the edge that holds the client's connection.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct ReplyTo {
@@ -38,6 +57,9 @@ pub struct Job {
     pub sampling: SamplingParams,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
+    /// Of the tenant's requests, only those of one salt share what has been computed of their prompts.
+    pub cache_salt: String,
+    pub priority: Priority,
     pub price: Price,
     pub price_version: String,
     /// Money set aside at admission: the prompt plus `output_tokens_max` at `price`.

@@ -11,7 +11,7 @@ mod usage;
 
 pub use event::{EventBody, FailureCode, FinishReason, TokenEvent};
 pub use ids::{KeyId, ModelId, NodeId, RequestId, TenantId};
-pub use job::{Claim, Job, ReplyTo, SamplingParams};
+pub use job::{Claim, Job, Priority, ReplyTo, SamplingParams};
 pub use money::{MoneyError, NanoUsd};
 pub use price::{Price, PriceBook};
 pub use usage::Usage;

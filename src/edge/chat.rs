@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     admission::{AdmitError, Ask, Principal, Scope},
-    domain::{EventBody, FailureCode, FinishReason, Job, ModelId, RequestId, SamplingParams, Usage},
+    domain::{EventBody, FailureCode, FinishReason, Job, ModelId, Priority, RequestId, SamplingParams, Usage},
     ledger::ReleaseReason,
     queue::{PublishError, ReplyStream},
     store::StoreError,
@@ -107,6 +107,7 @@ async fn serve(
         sampling: request.sampling.clone(),
         stop: std::mem::take(&mut request.stop),
         ignore_eos: request.ignore_eos,
+        cache_salt: std::mem::take(&mut request.cache_salt),
     };
     // The body and the prompt took their time, in which a drain may have begun.
     if state.is_draining() {
@@ -131,6 +132,7 @@ struct Wanted {
     sampling: SamplingParams,
     stop: Vec<String>,
     ignore_eos: bool,
+    cache_salt: String,
 }
 
 /// A request in the queue, its money on hold and its stream open. Declared so that a drop first tells the
@@ -182,6 +184,8 @@ async fn open(
         sampling: wanted.sampling,
         stop: wanted.stop,
         ignore_eos: wanted.ignore_eos,
+        cache_salt: wanted.cache_salt,
+        priority: Priority::default(),
         price: admitted.price(),
         price_version: admitted.price_version().to_owned(),
         hold: admitted.hold(),

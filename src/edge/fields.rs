@@ -115,8 +115,7 @@ const TABLE: &[(&str, Disposition)] = &[
     ("structured_outputs", NotYet(Neutral::Never)),
     ("priority", NotYet(Neutral::Number(0.0))),
     ("request_id", NotYet(Neutral::Never)),
-    // No prefix is shared between any two requests, so each is salted enough.
-    ("cache_salt", Moot(Shape::String)),
+    ("cache_salt", Works),
     ("spaces_between_special_tokens", Ignored(Shape::Boolean)),
     ("length_penalty", Ignored(Shape::Number)),
     ("vllm_xargs", Ignored(Shape::Object)),

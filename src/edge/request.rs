@@ -23,6 +23,8 @@ pub struct ChatRequest {
     pub sampling: SamplingParams,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
+    /// Empty: shares prefixes with whatever else of the tenant has none.
+    pub cache_salt: String,
     pub stream: bool,
     pub include_usage: bool,
     /// Fields that had no effect, for the client to know.
@@ -33,6 +35,7 @@ const STOPS_MAX: usize = 4;
 /// The engine holds back as much text as the longest stop string has.
 const STOP_BYTES_MAX: usize = 1024;
 const NAME_BYTES_MAX: usize = 256;
+const SALT_BYTES_MAX: usize = 256;
 
 /// Reads a body. `messages_max` bounds the conversation.
 pub fn parse(body: &[u8], messages_max: usize) -> Result<ChatRequest, ApiError> {
@@ -57,8 +60,20 @@ pub fn parse(body: &[u8], messages_max: usize) -> Result<ChatRequest, ApiError> 
     let stream = boolean(request, "stream")?.unwrap_or(false);
     let include_usage = stream_options(request, stream, &mut ignored)?;
     let ignore_eos = boolean(request, "ignore_eos")?.unwrap_or(false);
+    let cache_salt = cache_salt(request)?;
     let messages = messages(request.remove("messages"), messages_max, &mut ignored)?;
-    Ok(ChatRequest { model, messages, output_tokens_max, sampling, stop, ignore_eos, stream, include_usage, ignored })
+    Ok(ChatRequest {
+        model,
+        messages,
+        output_tokens_max,
+        sampling,
+        stop,
+        ignore_eos,
+        cache_salt,
+        stream,
+        include_usage,
+        ignored,
+    })
 }
 
 /// A field that is there and not null.
@@ -139,6 +154,18 @@ fn stops(request: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
             items.iter().enumerate().map(|(i, value)| one(&format!("stop[{i}]"), value)).collect()
         }
         Some(other) => Err(wrong_type("stop", "a string or an array of strings", other)),
+    }
+}
+
+fn cache_salt(request: &Map<String, Value>) -> Result<String, ApiError> {
+    match given(request, "cache_salt") {
+        None => Ok(String::new()),
+        Some(Value::String(salt)) if salt.len() <= SALT_BYTES_MAX => Ok(salt.clone()),
+        Some(Value::String(salt)) => {
+            let why = format!("Invalid 'cache_salt': at most {SALT_BYTES_MAX} bytes, but got {}.", salt.len());
+            Err(ApiError::field("string_above_max_length", "cache_salt", why))
+        }
+        Some(other) => Err(wrong_type("cache_salt", "a string", other)),
     }
 }
 

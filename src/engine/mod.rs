@@ -4,19 +4,24 @@
 //! KV block pool and by `sequences_max`; a cancelled request costs at most one more step. Never speaks to
 //! the network or to the store, and never knows what a tenant is.
 //!
-//! The scheduling ([`planner`]), the KV blocks ([`blocks`]), sampling and text assembly are pure. The
-//! tensors are behind [`Forward`]: ONNX Runtime for real models, a script for fault tests.
+//! The scheduling ([`planner`], [`line`], [`pace`]), the KV blocks and what is remembered in them ([`blocks`],
+//! [`prefix`]), guessing ([`draft`]), sampling and text assembly are pure. The tensors are behind [`Forward`]: ONNX Runtime for real models, a script for fault tests.
 
 mod batch;
 mod blocks;
+mod draft;
 mod handle;
+mod line;
 mod memory;
 pub mod onnx;
+mod pace;
 mod planner;
+mod prefix;
 pub mod quality;
 mod runner;
 mod sampler;
 mod scripted;
+mod sequence;
 mod simd;
 mod text;
 
@@ -30,7 +35,7 @@ pub use memory::MemoryNeed;
 pub use onnx::OnnxRuntime;
 
 use crate::{
-    domain::{FinishReason, ModelId, RequestId, SamplingParams, Usage},
+    domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, Usage},
     model::{GgufError, ModelFile},
     telemetry::Metrics,
 };
@@ -45,6 +50,12 @@ pub struct EngineRequest {
     pub sampling: SamplingParams,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
+    pub priority: Priority,
+    /// Whose request it is, in whatever sense its owner gives to that: waiting lanes of one class take turns,
+    /// and no lane sees, or profits from, what another has computed.
+    pub lane: Arc<str>,
+    /// Within a lane, only requests of the same salt share what they have computed.
+    pub cache_salt: Vec<u8>,
 }
 
 /// What the engine tells its owner. One `Step` a step, with the events of all requests.
@@ -89,6 +100,19 @@ pub struct EngineSpec {
     pub step_tokens_max: usize,
     pub kv_block_tokens: usize,
     pub kv_memory_bytes: usize,
+    /// Whether sequences share the KV blocks of a common prefix.
+    pub prefix_cache: bool,
+    pub speculation: Speculation,
+}
+
+/// Whether tokens are guessed ahead and verified together. Shows in speed alone, never in the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speculation {
+    Off,
+    /// Where guesses have proved right and rows are cheap.
+    Auto,
+    /// Whatever it costs: to see that it changes nothing.
+    Always,
 }
 
 pub enum Backend {

@@ -1,66 +1,106 @@
 //! Which rows the next step computes. Pure: numbers in, a plan out.
 //!
 //! There is no prefill phase and no decode phase. A sequence has tokens, of which some are computed; those
-//! that lack one token (decodes) go first, then the others catch up in chunks under one token budget, so
-//! that a long prompt never keeps the others from their next token. When KV blocks run out, the sequence
-//! that joined last is sent back to waiting, and nothing new joins in such a step.
+//! that lack one token (decodes) go first, then the others catch up in chunks, under a budget that keeps a
+//! step with both nearly as short as one with decodes alone, so that a long prompt never keeps the others
+//! from their next token. What is then left goes to drafts. When KV blocks run out, sequences are sent back
+//! to waiting: the lowest class first, then who has computed least; nothing new joins in such a step.
 
-/// What the planner knows of a sequence.
+use std::{cmp::Reverse, iter::Peekable};
+
+use crate::domain::Priority;
+
+/// What the planner knows of a running sequence.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Demand {
     pub tokens: usize,
     pub computed: usize,
     pub blocks: usize,
+    /// Those of its blocks that would be free without it.
+    pub own_blocks: usize,
+    /// Tokens guessed beyond those it has.
+    pub drafts: usize,
+    pub priority: Priority,
+}
+
+/// What it knows of one that waits, with nothing computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    pub tokens: usize,
+    pub priority: Priority,
+    /// Blocks that stand in the prefix cache already.
+    pub found: usize,
+    /// Those of them that count as free.
+    pub found_free: usize,
+    /// Who is about to compute the next block that it could use.
+    pub behind: Option<Leader>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Leader {
+    /// A running sequence.
+    Running,
+    /// The one at this place of the waiting line, if it joins now.
+    Waiting(usize),
 }
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     pub sequences_max: usize,
     pub step_tokens_max: usize,
+    /// Rows that may catch up in a step that also decodes; at least 1.
+    pub chunk_tokens_max: usize,
     pub block_tokens: usize,
+    pub blocks_total: usize,
 }
 
 #[derive(Debug, Default, PartialEq)]
 pub struct Plan {
-    /// Rows to compute for each running sequence, after those of `preempted` are gone; 0 sits the step out.
-    pub running: Vec<usize>,
-    /// Rows for the sequences taken from the front of the waiting line.
-    pub admitted: Vec<usize>,
-    /// How many running sequences, counted from the end, go back to waiting.
-    pub preempted: usize,
+    /// What becomes of each running sequence.
+    pub running: Vec<Turn>,
+    /// Who joins: its place in the waiting line, in rising order, and its rows.
+    pub admitted: Vec<(usize, usize)>,
 }
 
-/// Plans one step. `running` is in order of admission, `waiting` in order of service.
-pub fn plan(running: &[Demand], waiting: impl Iterator<Item = Demand>, blocks_free: usize, limits: &Limits) -> Plan {
-    let mut state = State {
-        blocks_free,
-        budget: limits.step_tokens_max,
-        alive: running.len(),
-        rows: vec![0; running.len()],
-        limits,
-        running,
-    };
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Turn {
+    /// Rows to compute; 0 sits the step out. More than what it lacks are drafts.
+    Rows(usize),
+    /// Back to waiting.
+    Preempted,
+}
+
+/// Plans one step. `running` is in order of admission, `waiting` in order of service: higher classes first.
+pub fn plan(running: &[Demand], waiting: impl Iterator<Item = Candidate>, blocks_free: usize, limits: &Limits) -> Plan {
+    let turns = vec![Turn::Rows(0); running.len()];
+    let mut state = State { running, limits, turns, blocks_free, budget: limits.step_tokens_max };
     state.decodes();
-    state.chunks();
-    if state.alive > 0 && state.rows[..state.alive].iter().all(|rows| *rows == 0) {
-        // Every sequence waits for blocks that only another one can give back.
-        state.preempt_last();
-        state.decodes();
-        state.chunks();
+    let mut waiting = waiting.enumerate().peekable();
+    let (mut admitted, mut is_open) = (Vec::new(), true);
+    for class in [Priority::High, Priority::Normal, Priority::Low] {
+        state.chunks(class);
+        is_open = is_open && state.preempted() == 0 && state.admissions(class, &mut waiting, &mut admitted);
     }
-    let preempted = running.len() - state.alive;
-    let admitted = if preempted == 0 { state.admissions(waiting) } else { Vec::new() };
-    state.rows.truncate(state.alive);
-    Plan { running: state.rows, admitted, preempted }
+    if admitted.is_empty() && state.is_stuck() {
+        // Every sequence waits for blocks that only another one can give back.
+        if let Some(victim) = state.victim() {
+            state.preempt(victim);
+        }
+        state.decodes();
+        [Priority::High, Priority::Normal, Priority::Low].into_iter().for_each(|class| state.chunks(class));
+    }
+    if admitted.is_empty() && state.catching_up() == 0 {
+        state.drafts();
+    }
+    Plan { running: state.turns, admitted }
 }
 
 struct State<'a> {
     running: &'a [Demand],
     limits: &'a Limits,
+    turns: Vec<Turn>,
     blocks_free: usize,
     budget: usize,
-    alive: usize,
-    rows: Vec<usize>,
 }
 
 impl State<'_> {
@@ -68,137 +108,162 @@ impl State<'_> {
         tokens.div_ceil(self.limits.block_tokens)
     }
 
-    fn decodes(&mut self) {
-        let mut i = 0;
-        while i < self.alive {
-            let Demand { tokens, computed, blocks } = self.running[i];
-            if tokens - computed == 1 && self.rows[i] == 0 && self.budget > 0 {
-                let missing = self.blocks_for(tokens).saturating_sub(blocks);
-                while missing > self.blocks_free && self.alive > i {
-                    self.preempt_last();
-                }
-                if self.alive <= i {
-                    return;
-                }
-                self.take(i, 1, missing);
-            }
-            i += 1;
+    fn alive(&self) -> impl Iterator<Item = usize> + use<> {
+        let alive: Vec<usize> = (0..self.turns.len()).filter(|i| self.turns[*i] != Turn::Preempted).collect();
+        alive.into_iter()
+    }
+
+    /// Rows planned so far.
+    fn rows(&self, i: usize) -> usize {
+        match self.turns[i] {
+            Turn::Rows(rows) => rows,
+            Turn::Preempted => 0,
         }
     }
 
-    fn chunks(&mut self) {
-        for i in 0..self.alive {
-            let Demand { tokens, computed, blocks } = self.running[i];
-            if tokens - computed > 1 && self.rows[i] == 0 {
-                let reachable = (blocks + self.blocks_free) * self.limits.block_tokens - computed;
-                let rows = (tokens - computed).min(self.budget).min(reachable);
-                let missing = self.blocks_for(computed + rows).saturating_sub(blocks);
-                self.take(i, rows, missing);
+    /// Blocks that it has after what is planned so far.
+    fn held(&self, i: usize) -> usize {
+        let Demand { computed, blocks, .. } = self.running[i];
+        blocks.max(self.blocks_for(computed + self.rows(i)))
+    }
+
+    fn is_stuck(&self) -> bool {
+        let mut alive = self.alive().peekable();
+        alive.peek().is_some() && alive.all(|i| self.rows(i) == 0)
+    }
+
+    /// One row for everybody who lacks one token.
+    fn decodes(&mut self) {
+        for i in self.alive() {
+            let Demand { tokens, computed, blocks, .. } = self.running[i];
+            if tokens - computed != 1 || self.turns[i] != Turn::Rows(0) || self.budget == 0 {
+                continue;
             }
+            let missing = self.blocks_for(tokens).saturating_sub(blocks);
+            while missing > self.blocks_free && self.turns[i] != Turn::Preempted {
+                match self.victim() {
+                    Some(victim) => self.preempt(victim),
+                    None => return,
+                }
+            }
+            if self.turns[i] != Turn::Preempted {
+                self.take(i, 1, missing);
+            }
+        }
+    }
+
+    /// Rows for those of a class who lack more.
+    fn chunks(&mut self, class: Priority) {
+        for i in self.alive() {
+            let Demand { tokens, computed, blocks, priority, .. } = self.running[i];
+            if priority != class || tokens - computed == 1 || self.turns[i] != Turn::Rows(0) {
+                continue;
+            }
+            let reachable = (blocks + self.blocks_free) * self.limits.block_tokens - computed;
+            let rows = (tokens - computed).min(self.chunk_budget()).min(reachable);
+            let missing = self.blocks_for(computed + rows).saturating_sub(blocks);
+            self.take(i, rows, missing);
+        }
+    }
+
+    /// Rows of those who lacked more than one token, as planned so far.
+    fn catching_up(&self) -> usize {
+        let behind = |i: &usize| self.running[*i].tokens - self.running[*i].computed > 1;
+        self.alive().filter(behind).map(|i| self.rows(i)).sum()
+    }
+
+    /// What may still catch up in this step.
+    fn chunk_budget(&self) -> usize {
+        let planned: usize = self.alive().map(|i| self.rows(i)).sum();
+        let catching_up = self.catching_up();
+        // Whatever else was taken from the budget went to those who join.
+        let joining = self.limits.step_tokens_max - self.budget - planned;
+        match planned - catching_up {
+            0 => self.budget,
+            _ => self.budget.min(self.limits.chunk_tokens_max.saturating_sub(catching_up + joining)),
         }
     }
 
     fn take(&mut self, i: usize, rows: usize, blocks: usize) {
-        self.rows[i] = rows;
+        self.turns[i] = Turn::Rows(self.rows(i) + rows);
         self.budget -= rows;
         self.blocks_free -= blocks;
     }
 
-    fn preempt_last(&mut self) {
-        self.alive -= 1;
-        let Demand { computed, blocks, .. } = self.running[self.alive];
-        let planned = std::mem::take(&mut self.rows[self.alive]);
-        self.budget += planned;
-        self.blocks_free += blocks.max(self.blocks_for(computed + planned));
+    /// Who goes first when blocks run out: the lowest class, in it who has computed least, of these the last.
+    fn victim(&self) -> Option<usize> {
+        self.alive().min_by_key(|i| (self.running[*i].priority, self.running[*i].computed, Reverse(*i)))
     }
 
-    fn admissions(&mut self, waiting: impl Iterator<Item = Demand>) -> Vec<usize> {
-        // What the running sequences still need for the tokens that they have is not given away, and one
-        // block each is left for their next ones.
-        let promised: usize = (0..self.alive)
-            .map(|i| {
-                let Demand { tokens, computed, blocks } = self.running[i];
-                let held = blocks.max(self.blocks_for(computed + self.rows[i]));
-                self.blocks_for(tokens).saturating_sub(held) + 1
-            })
-            .sum();
-        let mut spare = self.blocks_free.saturating_sub(promised);
-        if self.alive == 0 {
-            spare = self.blocks_free;
+    fn preempt(&mut self, i: usize) {
+        let taken = self.held(i) - self.running[i].blocks;
+        self.budget += self.rows(i);
+        self.blocks_free += self.running[i].own_blocks + taken;
+        self.turns[i] = Turn::Preempted;
+        let mut alive = self.alive();
+        if let (Some(last), None) = (alive.next(), alive.next()) {
+            // Blocks that those who went had in common are free as well.
+            self.blocks_free = self.limits.blocks_total - self.held(last);
         }
-        let mut admitted = Vec::new();
-        for demand in waiting {
-            let need = self.blocks_for(demand.tokens + 1);
-            if self.alive + admitted.len() >= self.limits.sequences_max || self.budget == 0 || need > spare {
-                break;
+    }
+
+    fn preempted(&self) -> usize {
+        self.turns.iter().filter(|turn| **turn == Turn::Preempted).count()
+    }
+
+    /// Those of a class who join. Whether those behind them may as well.
+    fn admissions(
+        &mut self,
+        class: Priority,
+        waiting: &mut Peekable<impl Iterator<Item = (usize, Candidate)>>,
+        admitted: &mut Vec<(usize, usize)>,
+    ) -> bool {
+        loop {
+            let left = self.chunk_budget();
+            if left == 0 || self.running.len() + admitted.len() >= self.limits.sequences_max {
+                return false;
             }
-            let rows = demand.tokens.min(self.budget);
+            let Some((at, candidate)) = waiting.next_if(|(_, candidate)| candidate.priority == class) else {
+                return true;
+            };
+            let Candidate { tokens, found, found_free, behind, .. } = candidate;
+            let waits = match behind {
+                None => false,
+                Some(Leader::Running) => true,
+                Some(Leader::Waiting(leader)) => admitted.iter().any(|(at, _)| *at == leader),
+            };
+            if waits {
+                continue;
+            }
+            // What the running sequences still need for the tokens that they have is not given away, and one
+            // block each is left for their next ones.
+            let needs = |i: usize| self.blocks_for(self.running[i].tokens).saturating_sub(self.held(i)) + 1;
+            let promised: usize = self.alive().map(needs).sum();
+            let need = self.blocks_for(tokens + 1) - found + found_free;
+            if need + promised > self.blocks_free && !(need <= self.blocks_free && self.running.is_empty()) {
+                return false;
+            }
+            let rows = (tokens - found * self.limits.block_tokens).min(left);
             self.budget -= rows;
-            spare -= need;
-            admitted.push(rows);
+            self.blocks_free -= need;
+            admitted.push((at, rows));
         }
-        admitted
+    }
+
+    /// What is left of budget and blocks, for guesses. They preempt nobody, and leave everybody a block.
+    fn drafts(&mut self) {
+        let decodes: Vec<usize> = self.alive().filter(|i| self.rows(*i) == 1).collect();
+        let mut spare = self.blocks_free.saturating_sub(self.running.len());
+        for i in decodes {
+            let held = self.held(i);
+            let reachable = (held + spare) * self.limits.block_tokens - self.running[i].tokens;
+            let rows = self.running[i].drafts.min(self.budget).min(reachable);
+            let blocks = self.blocks_for(self.running[i].tokens + rows).saturating_sub(held);
+            self.take(i, rows, blocks);
+            spare -= blocks;
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    const LIMITS: Limits = Limits { sequences_max: 4, step_tokens_max: 64, block_tokens: 16 };
-
-    fn at(tokens: usize, computed: usize) -> Demand {
-        Demand { tokens, computed, blocks: computed.div_ceil(16) }
-    }
-
-    #[test]
-    fn a_long_prompt_never_keeps_the_others_from_their_next_token() {
-        let running = [at(4000, 640), at(100, 99), at(50, 49)];
-        let plan = plan(&running, std::iter::empty(), 1000, &LIMITS);
-        assert_eq!(plan.running, [62, 1, 1]);
-    }
-
-    #[test]
-    fn waiting_requests_join_in_order_and_only_when_their_whole_prompt_fits() {
-        let waiting = [at(40, 0), at(500, 0), at(10, 0)];
-        let plan = plan(&[at(20, 19)], waiting.iter().copied(), 10, &LIMITS);
-        assert_eq!((plan.running, plan.admitted), (vec![1], vec![40]));
-    }
-
-    #[test]
-    fn the_youngest_gives_way_when_blocks_run_out_and_nobody_joins_then() {
-        let running = [at(17, 16), at(17, 16), at(17, 16)];
-        let plan = plan(&running, [at(1, 0)].into_iter(), 1, &LIMITS);
-        assert_eq!((plan.preempted, plan.running, plan.admitted.len()), (1, vec![1, 1], 0));
-    }
-
-    proptest! {
-        #[test]
-        fn every_plan_keeps_its_bounds_and_moves_something_forward(
-            sizes in prop::collection::vec((1usize..400, 0usize..400), 0..4),
-            waits in prop::collection::vec(1usize..400, 0..6),
-            spare in 0usize..30,
-        ) {
-            let running: Vec<Demand> = sizes.iter().map(|(more, computed)| at(computed + more, *computed)).collect();
-            let held: usize = running.iter().map(|d| d.blocks).sum();
-            // As at load time: one sequence of the longest length always fits.
-            let free = (800usize.div_ceil(16) + 1).saturating_sub(held).max(spare);
-            let plan = plan(&running, waits.iter().map(|n| at(*n, 0)), free, &LIMITS);
-            let kept = running.len() - plan.preempted;
-            prop_assert_eq!(plan.running.len(), kept);
-            let rows: usize = plan.running.iter().chain(&plan.admitted).sum();
-            prop_assert!(rows <= LIMITS.step_tokens_max);
-            prop_assert!(kept + plan.admitted.len() <= LIMITS.sequences_max);
-            prop_assert!(plan.admitted.is_empty() || plan.preempted == 0);
-            prop_assert!(running.is_empty() || rows > 0, "a step that computes nothing would loop forever");
-            let freed: usize = running[kept..].iter().map(|d| d.blocks).sum();
-            let taken: usize = plan.running.iter().zip(&running)
-                .map(|(rows, d)| (d.computed + rows).div_ceil(16).saturating_sub(d.blocks))
-                .chain(plan.admitted.iter().map(|rows| rows.div_ceil(16)))
-                .sum();
-            prop_assert!(taken <= free + freed);
-        }
-    }
-}
+mod tests;

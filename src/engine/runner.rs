@@ -1,7 +1,6 @@
 //! The engine's thread: takes requests, plans steps, samples, and says what happened.
 
 use std::{
-    collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::Instant,
@@ -11,17 +10,20 @@ use tokio::sync::mpsc;
 
 use super::{
     Backend, Batch, BatchSequence, EngineError, EngineEvent, EngineEventBody, EngineHandle, EngineLoad, EngineMessage,
-    EngineRequest, EngineSpec, Forward,
-    blocks::{BlockPool, BlockTable},
+    EngineRequest, EngineSpec, Forward, Speculation,
+    blocks::BlockPool,
+    draft::DRAFTS_MAX,
     handle::{News, Shared},
+    line::{Line, Ticket},
     onnx,
-    planner::{self, Demand, Limits},
+    pace::{Load, Pace},
+    planner::{self, Candidate, Leader, Limits, Turn},
     sampler,
     scripted::Scripted,
-    text::{Progress, TextAssembler},
+    sequence::Sequence,
 };
 use crate::{
-    domain::{FinishReason, RequestId, Usage},
+    domain::{FinishReason, RequestId},
     model::Vocabulary,
     telemetry::Metrics,
 };
@@ -48,7 +50,7 @@ pub fn spawn(
         .spawn(move || {
             let shared = on_thread;
             let run = || {
-                let mut runner = match Runner::load(spec, Arc::clone(&shared), gauges.clone(), metrics) {
+                let mut runner = match Runner::load(spec, Arc::clone(&shared), gauges.clone(), &metrics) {
                     Ok(runner) => runner,
                     Err(e) => {
                         let _ = ready.send(Err(e));
@@ -81,18 +83,34 @@ struct Runner {
     forward: Box<dyn Forward>,
     vocabulary: Arc<Vocabulary>,
     pool: BlockPool,
-    limits: Limits,
-    context_tokens_max: usize,
+    settings: Settings,
     /// In order of admission.
-    running: Vec<Sequence>,
-    waiting: VecDeque<Sequence>,
+    running: Vec<Running>,
+    waiting: Line<Sequence>,
+    pace: Pace,
     scratch: sampler::Scratch,
     events: Vec<EngineEvent>,
     steps: u64,
+    clock: fn() -> Instant,
+    started: Instant,
     shared: Arc<Shared>,
     gauges: Gauges,
-    step_seconds: prometheus::Histogram,
-    preemptions: prometheus::IntCounter,
+    counts: Counts,
+}
+
+struct Running {
+    ticket: Ticket,
+    sequence: Sequence,
+}
+
+#[derive(Clone, Copy)]
+struct Settings {
+    context_tokens_max: usize,
+    sequences_max: usize,
+    step_tokens_max: usize,
+    block_tokens: usize,
+    prefix_cache: bool,
+    speculation: Speculation,
 }
 
 /// The gauges of one model, looked up once. They outlive the runner, so that a dead engine shows no load.
@@ -122,31 +140,29 @@ impl Gauges {
     }
 }
 
-struct Sequence {
-    request: RequestId,
-    spec: EngineRequest,
-    /// Prompt and output.
-    tokens: Vec<u32>,
-    computed: usize,
-    blocks: BlockTable,
-    text: TextAssembler,
-    /// Decoded tokens that no event has counted yet.
-    uncounted: u32,
+/// What one model counts, looked up once.
+struct Counts {
+    step_seconds: prometheus::Histogram,
+    preemptions: prometheus::IntCounter,
+    prefix_hit_tokens: prometheus::IntCounter,
+    drafted_tokens: prometheus::IntCounter,
+    accepted_draft_tokens: prometheus::IntCounter,
 }
 
-impl Sequence {
-    fn demand(&self) -> Demand {
-        Demand { tokens: self.tokens.len(), computed: self.computed, blocks: self.blocks.ids().len() }
-    }
-
-    fn usage(&self) -> Usage {
-        let prompt = self.spec.prompt.len();
-        Usage { prompt_tokens: prompt as u32, completion_tokens: (self.tokens.len() - prompt) as u32, cached_tokens: 0 }
+impl Counts {
+    fn new(metrics: &Metrics, model: &str) -> Self {
+        Self {
+            step_seconds: metrics.step_seconds.with_label_values(&[model]),
+            preemptions: metrics.preemptions.with_label_values(&[model]),
+            prefix_hit_tokens: metrics.prefix_hit_tokens.with_label_values(&[model]),
+            drafted_tokens: metrics.drafted_tokens.with_label_values(&[model]),
+            accepted_draft_tokens: metrics.accepted_draft_tokens.with_label_values(&[model]),
+        }
     }
 }
 
 impl Runner {
-    fn load(spec: EngineSpec, shared: Arc<Shared>, gauges: Gauges, metrics: Arc<Metrics>) -> Result<Self, EngineError> {
+    fn load(spec: EngineSpec, shared: Arc<Shared>, gauges: Gauges, metrics: &Metrics) -> Result<Self, EngineError> {
         let context_tokens_max = spec.context_tokens_max.min(spec.file.params.context_tokens);
         let block_bytes = onnx::kv_block_bytes(&spec.file.params, spec.kv_block_tokens);
         let blocks = spec.kv_memory_bytes / block_bytes;
@@ -159,10 +175,17 @@ impl Runner {
                 (blocks_min * block_bytes).div_ceil(1 << 20)
             )));
         }
-        let limits = Limits {
+        let settings = Settings {
+            context_tokens_max,
             sequences_max: spec.sequences_max,
             step_tokens_max: spec.step_tokens_max,
             block_tokens: spec.kv_block_tokens,
+            prefix_cache: spec.prefix_cache,
+            // A script says what happens at which token; it is to be met a token a step.
+            speculation: match spec.backend {
+                Backend::Onnx(_) => spec.speculation,
+                Backend::Scripted => Speculation::Off,
+            },
         };
         let vocabulary = Arc::clone(&spec.file.vocabulary);
         let forward: Box<dyn Forward> = match &spec.backend {
@@ -171,39 +194,56 @@ impl Runner {
             }
             Backend::Scripted => Box::new(Scripted::new(Arc::clone(&vocabulary))),
         };
-        let model = [spec.model.as_str()];
-        let runner = Self {
-            forward,
-            vocabulary,
-            pool: BlockPool::new(blocks, spec.kv_block_tokens),
-            limits,
-            context_tokens_max,
-            running: Vec::new(),
-            waiting: VecDeque::new(),
-            scratch: sampler::Scratch::default(),
-            events: Vec::new(),
-            steps: 0,
-            shared,
-            gauges,
-            step_seconds: metrics.step_seconds.with_label_values(&model),
-            preemptions: metrics.preemptions.with_label_values(&model),
-        };
+        let counts = Counts::new(metrics, spec.model.as_str());
+        let runner = Self::new(forward, vocabulary, blocks, settings, Instant::now, shared, gauges, counts);
         runner.publish_load();
         Ok(runner)
     }
 
+    fn new(
+        forward: Box<dyn Forward>,
+        vocabulary: Arc<Vocabulary>,
+        blocks: usize,
+        settings: Settings,
+        clock: fn() -> Instant,
+        shared: Arc<Shared>,
+        gauges: Gauges,
+        counts: Counts,
+    ) -> Self {
+        Self {
+            forward,
+            vocabulary,
+            pool: BlockPool::new(blocks, settings.block_tokens, settings.prefix_cache),
+            settings,
+            running: Vec::new(),
+            waiting: Line::new(),
+            pace: Pace::new(),
+            scratch: sampler::Scratch::default(),
+            events: Vec::new(),
+            steps: 0,
+            clock,
+            started: clock(),
+            shared,
+            gauges,
+            counts,
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty()
+    }
+
     fn run(&mut self, sink: &mpsc::Sender<EngineMessage>) -> Result<(), EngineError> {
         loop {
-            let idle = self.running.is_empty() && self.waiting.is_empty();
-            let news = self.shared.look(idle);
+            let news = self.shared.look(self.is_idle());
             if news.shutdown {
                 return Ok(());
             }
             self.take_in(news);
-            if !(self.running.is_empty() && self.waiting.is_empty()) {
+            if !self.is_idle() {
                 let started = Instant::now();
                 self.step()?;
-                self.step_seconds.observe(started.elapsed().as_secs_f64());
+                self.counts.step_seconds.observe(started.elapsed().as_secs_f64());
             }
             self.publish_load();
             if !self.events.is_empty() {
@@ -217,120 +257,199 @@ impl Runner {
 
     fn take_in(&mut self, news: News) {
         for spec in news.submitted {
-            let longest = spec.prompt.len() + spec.output_tokens_max as usize;
-            let fault = if spec.prompt.is_empty() {
-                Some("the prompt has no tokens".to_owned())
-            } else if longest > self.context_tokens_max {
-                Some(format!("prompt and output of {longest} tokens exceed the context of {}", self.context_tokens_max))
-            } else if spec.prompt.iter().any(|t| *t as usize >= self.vocabulary.len()) {
-                Some("a prompt token is outside the vocabulary".to_owned())
-            } else {
-                None
-            };
-            if let Some(message) = fault {
+            if let Some(message) = self.fault(&spec) {
                 self.events.push(EngineEvent { request: spec.request, body: EngineEventBody::Failed { message } });
                 continue;
             }
             // A request that is offered again replaces what is left of its earlier attempt.
-            self.running.retain(|sequence| sequence.request != spec.request);
-            self.waiting.retain(|sequence| sequence.request != spec.request);
-            self.waiting.push_back(Sequence {
-                request: spec.request.clone(),
-                tokens: spec.prompt.clone(),
-                computed: 0,
-                blocks: self.pool.table(),
-                text: TextAssembler::new(spec.stop.clone()),
-                uncounted: 0,
-                spec,
-            });
+            drop(self.remove(&spec.request));
+            let priority = spec.priority;
+            let sequence = Sequence::new(spec, &self.pool, self.settings.block_tokens);
+            self.waiting.join(&sequence.spec.lane.clone(), priority, (self.clock)(), sequence);
         }
         for request in news.cancelled {
-            let found = if let Some(at) = self.running.iter().position(|s| s.request == request) {
-                Some(self.running.remove(at))
-            } else {
-                let at = self.waiting.iter().position(|s| s.request == request);
-                at.and_then(|at| self.waiting.remove(at))
-            };
-            if let Some(sequence) = found {
-                let body = EngineEventBody::Finished { reason: FinishReason::Cancelled, usage: sequence.usage() };
-                self.events.push(EngineEvent { request, body });
+            if let Some(sequence) = self.remove(&request) {
+                let usage = sequence.usage();
+                self.events.push(sequence.event(EngineEventBody::Finished { reason: FinishReason::Cancelled, usage }));
             }
         }
     }
 
+    /// Why a request cannot be served.
+    fn fault(&self, spec: &EngineRequest) -> Option<String> {
+        let longest = spec.prompt.len() + spec.output_tokens_max as usize;
+        let context = self.settings.context_tokens_max;
+        if spec.prompt.is_empty() {
+            Some("the prompt has no tokens".to_owned())
+        } else if longest > context {
+            Some(format!("prompt and output of {longest} tokens exceed the context of {context}"))
+        } else if spec.prompt.iter().any(|t| *t as usize >= self.vocabulary.len()) {
+            Some("a prompt token is outside the vocabulary".to_owned())
+        } else {
+            None
+        }
+    }
+
+    fn remove(&mut self, request: &RequestId) -> Option<Sequence> {
+        match self.running.iter().position(|running| running.sequence.spec.request == *request) {
+            Some(at) => Some(self.running.remove(at).sequence),
+            None => self.waiting.leave(|sequence| sequence.spec.request == *request).pop(),
+        }
+    }
+
     fn step(&mut self) -> Result<(), EngineError> {
-        let rows = self.schedule();
-        if rows.is_empty() {
+        let members = self.schedule();
+        if members.is_empty() {
             return Ok(());
         }
         self.steps += 1;
+        let started = (self.clock)();
+        let mut load = Load::default();
         let mut batch = Batch::default();
-        let mut members = Vec::with_capacity(rows.len());
-        for (at, rows) in rows {
-            let sequence = &self.running[at];
-            members.push((at, rows));
+        for Member { at, rows, logits_rows } in &members {
+            let sequence = &self.running[*at].sequence;
+            load.add(sequence.computed, *rows, *logits_rows);
             batch.sequences.push(BatchSequence {
                 tokens: &sequence.tokens,
                 prompt_tokens: sequence.spec.prompt.len(),
                 computed: sequence.computed,
-                rows,
-                logits_rows: usize::from(sequence.computed + rows == sequence.tokens.len()),
+                rows: *rows,
+                logits_rows: *logits_rows,
                 blocks: sequence.blocks.ids(),
             });
         }
         let vocabulary = self.forward.vocabulary();
-        let logits = self.forward.forward(&batch)?;
-        let mut logits = logits.chunks_exact(vocabulary);
+        let mut logits = self.forward.forward(&batch)?;
         let mut ended = Vec::new();
-        for (at, rows) in members {
-            let sequence = &mut self.running[at];
-            sequence.computed += rows;
-            if sequence.computed < sequence.tokens.len() {
-                continue;
+        for Member { at, rows, logits_rows } in members {
+            let (own, others) = logits
+                .split_at_checked(logits_rows * vocabulary)
+                .ok_or_else(|| EngineError::Limits("the model returned too few rows".into()))?;
+            logits = others;
+            let sequence = &mut self.running[at].sequence;
+            let drafts = sequence.take_drafts();
+            sequence.computed += rows - drafts.len();
+            let end = verify(sequence, own.chunks_exact(vocabulary), &drafts, &self.vocabulary, &mut self.scratch);
+            self.counts.drafted_tokens.inc_by(drafts.len() as u64);
+            self.counts.accepted_draft_tokens.inc_by(end.accepted as u64);
+            if !matches!(end.last, Some(EngineEventBody::Failed { .. })) {
+                sequence.publish(self.settings.block_tokens);
             }
-            let row = logits.next().ok_or_else(|| EngineError::Limits("the model returned too few rows".into()))?;
-            if !sampler::is_finite(row) {
-                let message = "the model computed something that is not a number".to_owned();
-                let request = sequence.request.clone();
-                self.events.push(EngineEvent { request, body: EngineEventBody::Failed { message } });
-                ended.push(at);
-                continue;
-            }
-            let token = sampler::sample(row, &sequence.spec.sampling, sequence.tokens.len(), &mut self.scratch);
-            if accept(sequence, token, &self.vocabulary, &mut self.events) {
+            sequence.speak(&mut self.events);
+            if let Some(last) = end.last {
+                self.events.push(sequence.event(last));
                 ended.push(at);
             }
         }
         for at in ended.into_iter().rev() {
             self.running.remove(at);
         }
+        self.pace.observe(load, ((self.clock)() - started).as_secs_f64() * 1e3);
         Ok(())
     }
 
-    /// Plans the step and makes room for it: (index in `running`, rows) of each sequence that takes part.
-    fn schedule(&mut self) -> Vec<(usize, usize)> {
-        let running: Vec<Demand> = self.running.iter().map(Sequence::demand).collect();
-        let waiting = self.waiting.iter().map(Sequence::demand);
-        let plan = planner::plan(&running, waiting, self.pool.free(), &self.limits);
-        for _ in 0..plan.preempted {
-            let Some(mut sequence) = self.running.pop() else { break };
-            sequence.blocks.clear();
-            sequence.computed = 0;
-            self.waiting.push_front(sequence);
-            self.preemptions.inc();
+    /// Plans the step and makes room for it.
+    fn schedule(&mut self) -> Vec<Member> {
+        let now = (self.clock)();
+        self.pool.set_time(now - self.started);
+        self.waiting.age(now);
+        let limits = self.prepare();
+        let running: Vec<_> = self.running.iter().map(|r| r.sequence.demand(r.ticket.priority)).collect();
+        let candidates = (0..self.waiting.len()).map(|at| self.candidate(at));
+        let plan = planner::plan(&running, candidates, self.pool.free(), &limits);
+        // Who joins takes what was found for it before anybody's growth could push it out.
+        let mut joining = Vec::with_capacity(plan.admitted.len());
+        for (before, (at, rows)) in plan.admitted.into_iter().enumerate() {
+            let (ticket, mut sequence) = self.waiting.serve(at - before);
+            if let Some(hit) = sequence.begin(&self.pool, self.settings.block_tokens) {
+                self.counts.prefix_hit_tokens.inc_by(hit.into());
+            }
+            joining.push((Running { ticket, sequence }, rows));
         }
-        let joined = self.waiting.drain(..plan.admitted.len());
-        self.running.extend(joined);
-        let mut rows = Vec::new();
-        for (at, count) in plan.running.into_iter().chain(plan.admitted).enumerate() {
-            let sequence = &mut self.running[at];
-            if count > 0 {
-                let has_room = sequence.blocks.grow_to(sequence.computed + count);
-                assert!(has_room, "the planner gave out more KV blocks than there are");
-                rows.push((at, count));
+        let mut members = Vec::with_capacity(self.running.len() + joining.len());
+        let mut kept = Vec::with_capacity(self.running.len() + joining.len());
+        for (mut running, turn) in std::mem::take(&mut self.running).into_iter().zip(plan.running) {
+            match turn {
+                Turn::Rows(rows) => {
+                    members.push(Member { at: kept.len(), rows, logits_rows: 0 });
+                    kept.push(running);
+                }
+                Turn::Preempted => {
+                    running.sequence.preempt();
+                    self.waiting.rejoin(running.ticket, running.sequence);
+                    self.counts.preemptions.inc();
+                }
             }
         }
-        rows
+        for (running, rows) in joining {
+            members.push(Member { at: kept.len(), rows, logits_rows: 0 });
+            kept.push(running);
+        }
+        self.running = kept;
+        members.retain(|member| member.rows > 0);
+        for Member { at, rows, logits_rows } in &mut members {
+            let sequence = &mut self.running[*at].sequence;
+            let end = sequence.computed + *rows;
+            let known = sequence.tokens.len();
+            sequence.drafts.truncate(end.saturating_sub(known));
+            sequence.show_drafts();
+            *logits_rows = (end + 1).saturating_sub(known);
+            let has_room = sequence.blocks.grow_to(end);
+            assert!(has_room, "the planner gave out more KV blocks than there are");
+        }
+        members
+    }
+
+    /// Has drafts guessed, and says how much the step may hold.
+    fn prepare(&mut self) -> Limits {
+        let Settings { sequences_max, step_tokens_max, block_tokens, speculation, .. } = self.settings;
+        let (mut decodes, mut prompts, mut position) = (Load::default(), 0, None);
+        for Running { sequence, .. } in &mut self.running {
+            sequence.drafts.clear();
+            match sequence.tokens.len() - sequence.computed {
+                1 => decodes.add(sequence.computed, 1, 1),
+                _ => {
+                    prompts += 1;
+                    position = position.or(Some(sequence.computed));
+                }
+            }
+        }
+        prompts += self.waiting.len().min(sequences_max - self.running.len());
+        if speculation != Speculation::Off && prompts == 0 {
+            for Running { sequence, .. } in &mut self.running {
+                // What a row costs, in tokens that the batch could have had instead.
+                let price = self.pace.draft_price(decodes, sequence.computed) * decodes.rows as f64;
+                let wanted = match speculation {
+                    Speculation::Always => DRAFTS_MAX,
+                    _ => sequence.drafter.wanted(price),
+                };
+                let most = wanted.min(sequence.output_left().saturating_sub(1));
+                sequence.drafts.extend_from_slice(sequence.drafter.guess(&sequence.tokens, most));
+            }
+        }
+        let chunk_tokens_max = self.pace.chunk_tokens(decodes, prompts, position.unwrap_or(0));
+        Limits { sequences_max, step_tokens_max, chunk_tokens_max, block_tokens, blocks_total: self.pool.total() }
+    }
+
+    /// What the planner has to know of who waits at `at`.
+    fn candidate(&self, at: usize) -> Candidate {
+        let Some((ticket, sequence)) = self.waiting.get(at) else { unreachable!("asked for within the line") };
+        let (tokens, priority) = (sequence.tokens.len(), ticket.priority);
+        if !self.settings.prefix_cache {
+            return Candidate { tokens, priority, found: 0, found_free: 0, behind: None };
+        }
+        let usable = sequence.chain.usable(tokens);
+        let found = self.pool.find(usable);
+        let next = usable.get(found.blocks);
+        let computes_next = |other: &Sequence| next.is_some() && other.chain.names().get(found.blocks) == next;
+        // Nobody waits for somebody of a lower class, who may itself have to wait.
+        let leads = |running: &Running| running.ticket.priority >= priority && computes_next(&running.sequence);
+        let behind = if self.running.iter().any(leads) {
+            Some(Leader::Running)
+        } else {
+            self.waiting.iter().take(at).position(|(_, other)| computes_next(other)).map(Leader::Waiting)
+        };
+        Candidate { tokens, priority, found: found.blocks, found_free: found.kept, behind }
     }
 
     fn publish_load(&self) {
@@ -349,30 +468,54 @@ impl Runner {
     }
 }
 
-/// Adds a decoded token to its sequence; true when the answer is over.
-fn accept(sequence: &mut Sequence, token: u32, vocabulary: &Vocabulary, events: &mut Vec<EngineEvent>) -> bool {
-    sequence.tokens.push(token);
-    sequence.uncounted += 1;
-    let decoded = sequence.tokens.len() - sequence.spec.prompt.len();
-    let (text, reason) = if !sequence.spec.ignore_eos && vocabulary.is_eos(token) {
-        (sequence.text.finish(), Some(FinishReason::Stop))
-    } else {
-        match sequence.text.push(vocabulary.bytes(token)) {
-            Progress::Stopped(text) => (text, Some(FinishReason::Stop)),
-            Progress::Text(text) if decoded >= sequence.spec.output_tokens_max as usize => {
-                (text + &sequence.text.finish(), Some(FinishReason::Length))
-            }
-            Progress::Text(text) => (text, None),
-        }
-    };
-    if !text.is_empty() {
-        let tokens = std::mem::take(&mut sequence.uncounted);
-        let body = EngineEventBody::Delta { text, tokens };
-        events.push(EngineEvent { request: sequence.request.clone(), body });
-    }
-    if let Some(reason) = reason {
-        let body = EngineEventBody::Finished { reason, usage: sequence.usage() };
-        events.push(EngineEvent { request: sequence.request.clone(), body });
-    }
-    reason.is_some()
+/// A sequence's part in one step.
+struct Member {
+    /// Its place in `Runner::running`.
+    at: usize,
+    rows: usize,
+    logits_rows: usize,
 }
+
+/// What came of one sequence's step.
+struct End {
+    /// Drafts that were right.
+    accepted: usize,
+    /// Its last event, if it has ended.
+    last: Option<EngineEventBody>,
+}
+
+/// Samples from row after row of `logits` for as long as what comes out is what the next row was computed
+/// with. Random numbers belong to positions, so this is what would have come out row by row.
+fn verify<'a>(
+    sequence: &mut Sequence,
+    logits: impl Iterator<Item = &'a [f32]>,
+    drafts: &[u32],
+    vocabulary: &Vocabulary,
+    scratch: &mut sampler::Scratch,
+) -> End {
+    let mut end = End { accepted: 0, last: None };
+    for (i, row) in logits.enumerate() {
+        if !sampler::is_finite(row) {
+            let message = "the model computed something that is not a number".to_owned();
+            end.last = Some(EngineEventBody::Failed { message });
+            break;
+        }
+        let token = sampler::sample(row, &sequence.spec.sampling, sequence.tokens.len(), scratch);
+        let is_right = drafts.get(i) == Some(&token);
+        end.accepted += usize::from(is_right);
+        // All but the token that is new now.
+        sequence.computed = sequence.tokens.len();
+        if let Some(reason) = sequence.accept(token, vocabulary) {
+            end.last = Some(EngineEventBody::Finished { reason, usage: sequence.usage() });
+            break;
+        }
+        if !is_right {
+            break;
+        }
+    }
+    sequence.drafter.learn(drafts.len(), end.accepted);
+    end
+}
+
+#[cfg(test)]
+mod tests;

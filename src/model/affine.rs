@@ -1,13 +1,15 @@
 //! Stored weights as small whole numbers in blocks of 32: what integer kernels multiply with.
 //!
 //! Types whose blocks have one scale and one offset for 32 numbers come out exactly as they stand in the
-//! file. All others are rounded to 8 bits a number, with a scale of their own for each block.
+//! file, and so do the codes of `Q4_K` and `Q5_K`, whose scales are products that are rounded to half precision,
+//! by a two-thousandth at most. All others are rounded to 8 bits a number, with a scale of their own for each
+//! block.
 
 use half::f16;
 
 use super::{
     Gguf, GgufError, TensorInfo, TensorType,
-    dequantize::{dequantize, fifth_bits, half_at},
+    dequantize::{dequantize, fifth_bits, half_at, k_run},
 };
 
 /// Numbers of one block.
@@ -39,8 +41,15 @@ impl Gguf {
         let (numbers, size) = info.ty.block();
         let row_bytes = columns / numbers as usize * size as usize;
         let bytes = &self.bytes(info)[row * row_bytes..][..row_bytes];
-        let is_exact = exact_bits(info.ty).is_some();
-        if is_exact {
+        if let TensorType::Q4K | TensorType::Q5K = info.ty {
+            let (blocks, _) = out.as_chunks_mut::<8>();
+            for (out, block) in blocks.iter_mut().zip(bytes.chunks_exact(size as usize)) {
+                for (run, out) in out.iter_mut().enumerate() {
+                    let (codes, scale, offset) = k_run(info.ty, block, run);
+                    *out = AffineBlock { codes, scale: f16::from_f32(scale), offset: f16::from_f32(-offset) };
+                }
+            }
+        } else if exact_bits(info.ty).is_some() {
             for (out, block) in out.iter_mut().zip(bytes.chunks_exact(size as usize)) {
                 *out = exact(info.ty, block);
             }
@@ -63,11 +72,11 @@ impl TensorInfo {
     }
 }
 
-/// Bits of a code, where the stored blocks are of this form already.
+/// Bits of a code, where the stored codes are taken as they are.
 fn exact_bits(ty: TensorType) -> Option<u32> {
     match ty {
-        TensorType::Q4_0 | TensorType::Q4_1 => Some(4),
-        TensorType::Q5_0 | TensorType::Q5_1 => Some(5),
+        TensorType::Q4_0 | TensorType::Q4_1 | TensorType::Q4K => Some(4),
+        TensorType::Q5_0 | TensorType::Q5_1 | TensorType::Q5K => Some(5),
         TensorType::Q8_0 => Some(8),
         _ => None,
     }
@@ -134,6 +143,28 @@ mod tests {
                 let block = exact(ty, &bytes);
                 for i in 0..32 {
                     prop_assert!((value(&block, i) - numbers[i]).abs() <= 1e-3 * numbers[i].abs().max(1e-3), "{ty:?}");
+                }
+            }
+        }
+
+        #[test]
+        fn k_quants_keep_their_codes_and_almost_their_scales(
+            scale in 0.001f32..1.0, offset in 0.001f32..1.0, rest in prop::collection::vec(any::<u8>(), 172),
+        ) {
+            let [d, m] = [scale, offset].map(|x| f16::from_f32(x).to_le_bytes());
+            for ty in [TensorType::Q4K, TensorType::Q5K] {
+                let mut bytes = [d, m].concat();
+                bytes.extend(&rest[..ty.block().1 as usize - 4]);
+                let mut numbers = [0.0; 256];
+                dequantize(ty, &bytes, &mut numbers);
+                for run in 0..8 {
+                    let (codes, scale, offset) = k_run(ty, &bytes, run);
+                    let block =
+                        AffineBlock { codes, scale: f16::from_f32(scale), offset: f16::from_f32(-offset) };
+                    for i in 0..32 {
+                        let bound = (f32::from(codes[i]) * scale + offset) / 2000.0 + 1e-6;
+                        prop_assert!((value(&block, i) - numbers[run * 32 + i]).abs() <= bound, "{ty:?} {run} {i}");
+                    }
                 }
             }
         }

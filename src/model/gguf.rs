@@ -34,6 +34,8 @@ pub enum GgufError {
     Truncated { what: &'static str, at: u64, size: u64 },
     #[error("file is corrupted: {0}")]
     Corrupted(String),
+    #[error("architecture `{0}` is not supported (llama and gemma3 are)")]
+    Architecture(String),
     #[error("key `{0}` is missing")]
     MissingKey(String),
     #[error("key `{key}` is not {expected}")]
@@ -59,6 +61,9 @@ pub enum TensorType {
     Q5_0,
     Q5_1,
     Q8_0,
+    Q4K,
+    Q5K,
+    Q6K,
 }
 
 impl TensorType {
@@ -71,6 +76,9 @@ impl TensorType {
             6 => Self::Q5_0,
             7 => Self::Q5_1,
             8 => Self::Q8_0,
+            12 => Self::Q4K,
+            13 => Self::Q5K,
+            14 => Self::Q6K,
             30 => Self::Bf16,
             _ => return None,
         })
@@ -86,6 +94,9 @@ impl TensorType {
             Self::Q5_0 => (32, 22),
             Self::Q5_1 => (32, 24),
             Self::Q8_0 => (32, 34),
+            Self::Q4K => (256, 144),
+            Self::Q5K => (256, 176),
+            Self::Q6K => (256, 210),
         }
     }
 }
@@ -229,6 +240,18 @@ impl Gguf {
         let wrong = || GgufError::WrongType { key: key.into(), expected: "a list of strings" };
         let Value::Array(items) = self.value(key)? else { return Err(wrong()) };
         items.iter().map(|v| if let Value::String(s) = v { Ok(s.as_str()) } else { Err(wrong()) }).collect()
+    }
+
+    pub fn bools(&self, key: &str) -> Result<Vec<bool>, GgufError> {
+        let wrong = || GgufError::WrongType { key: key.into(), expected: "a list of true and false" };
+        let Value::Array(items) = self.value(key)? else { return Err(wrong()) };
+        items.iter().map(|v| if let Value::Bool(b) = v { Ok(*b) } else { Err(wrong()) }).collect()
+    }
+
+    pub fn f32s(&self, key: &str) -> Result<Vec<f32>, GgufError> {
+        let wrong = || GgufError::WrongType { key: key.into(), expected: "a list of decimal numbers" };
+        let Value::Array(items) = self.value(key)? else { return Err(wrong()) };
+        items.iter().map(|v| if let Value::Float(x) = v { Ok(*x as f32) } else { Err(wrong()) }).collect()
     }
 
     pub fn i64s(&self, key: &str) -> Result<Vec<i64>, GgufError> {

@@ -12,5 +12,5 @@ mod vocabulary;
 pub use affine::{AffineBlock, BLOCK};
 pub use file::ModelFile;
 pub use gguf::{Gguf, GgufError, TensorInfo, TensorType};
-pub use hparams::LlamaParams;
-pub use vocabulary::{TokenKind, Vocabulary};
+pub use hparams::{Activation, LlamaParams, ModelParams, RopePairs, SlidingWindow};
+pub use vocabulary::{SPACE, Scheme, TokenKind, Vocabulary};

@@ -2,6 +2,11 @@
 
 use super::{Gguf, GgufError};
 
+/// SentencePiece's spelling of a space.
+pub const SPACE: char = '▁';
+/// How files mark a token that stands for one byte.
+const BYTE: i64 = 6;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenKind {
     Text,
@@ -11,16 +16,34 @@ pub enum TokenKind {
     UserDefined,
 }
 
-/// Byte-level BPE vocabulary of a GGUF file.
+/// How text becomes tokens.
+pub enum Scheme {
+    /// GPT-2's: every byte has a printable spelling, and pairs are merged by rank.
+    ByteLevel {
+        /// Pairs as the file has them, `left right`, in order of rank.
+        merges: Vec<String>,
+        /// Name of the rule that splits text before the merges (`smollm`, `llama-bpe`, …).
+        pre_tokenizer: String,
+    },
+    /// SentencePiece's: spaces are spelled `▁`, neighbours that make a token are merged by its score, and
+    /// what is no token is spelled in bytes.
+    SentencePiece {
+        /// One for each token; the largest is merged first.
+        scores: Vec<f32>,
+        /// A text begins as if it had a space in front.
+        has_space_prefix: bool,
+    },
+}
+
+/// The vocabulary of a GGUF file.
 pub struct Vocabulary {
     pub tokens: Vec<String>,
     pub kinds: Vec<TokenKind>,
-    /// Pairs as the file has them, `left right`, in order of rank.
-    pub merges: Vec<String>,
-    /// Name of the rule that splits text before the merges (`smollm`, `llama-bpe`, …).
-    pub pre_tokenizer: String,
+    pub scheme: Scheme,
     pub chat_template: Option<String>,
     pub bos: Option<u32>,
+    /// The model was trained on texts that begin with `bos`.
+    pub begins_with_bos: bool,
     /// Tokens that end an answer.
     pub eos: Vec<u32>,
     bytes: Vec<Box<[u8]>>,
@@ -28,23 +51,20 @@ pub struct Vocabulary {
 
 impl Vocabulary {
     pub fn read(gguf: &Gguf) -> Result<Self, GgufError> {
-        let kind = gguf.str("tokenizer.ggml.model")?;
-        if kind != "gpt2" {
-            return Err(GgufError::Corrupted(format!("tokenizer `{kind}` is not supported (byte-level BPE is)")));
-        }
         let tokens: Vec<String> = gguf.strings("tokenizer.ggml.tokens")?.into_iter().map(str::to_owned).collect();
-        let kinds = gguf
-            .i64s("tokenizer.ggml.token_type")?
-            .into_iter()
+        let codes = gguf.i64s("tokenizer.ggml.token_type")?;
+        if codes.len() != tokens.len() || tokens.len() > u32::MAX as usize {
+            return Err(GgufError::Corrupted("token list and token types differ in length".into()));
+        }
+        let scheme = Scheme::read(gguf, tokens.len())?;
+        let kinds: Vec<TokenKind> = codes
+            .iter()
             .map(|code| match code {
                 2 | 3 | 5 => TokenKind::Control,
                 4 => TokenKind::UserDefined,
                 _ => TokenKind::Text,
             })
-            .collect::<Vec<_>>();
-        if kinds.len() != tokens.len() || tokens.len() > u32::MAX as usize {
-            return Err(GgufError::Corrupted("token list and token types differ in length".into()));
-        }
+            .collect();
         let id = |key: &str| match gguf.u64(key) {
             Ok(id) if (id as usize) < tokens.len() => Ok(Some(id as u32)),
             Ok(id) => Err(GgufError::Corrupted(format!("{key} is {id}, outside the vocabulary"))),
@@ -63,30 +83,48 @@ impl Vocabulary {
         }
         eos.sort_unstable();
         eos.dedup();
-        let bytes = tokens
-            .iter()
-            .zip(&kinds)
-            .map(|(token, kind)| match kind {
-                TokenKind::Text => byte_level(token),
-                TokenKind::UserDefined => token.as_bytes().into(),
-                TokenKind::Control => Box::default(),
-            })
-            .collect();
+        let bytes = tokens.iter().zip(&codes).zip(&kinds).map(|((token, code), kind)| match (kind, &scheme) {
+            (TokenKind::Control, _) => Box::default(),
+            (TokenKind::UserDefined, _) => token.as_bytes().into(),
+            (TokenKind::Text, Scheme::ByteLevel { .. }) => byte_level(token),
+            (TokenKind::Text, Scheme::SentencePiece { .. }) => match byte_token(token) {
+                Some(byte) if *code == BYTE => Box::from([byte]),
+                _ => token.replace(SPACE, " ").into_bytes().into(),
+            },
+        });
+        let bytes = bytes.collect();
         let chat_template = match gguf.str("tokenizer.chat_template") {
             Ok(text) => Some(text.to_owned()),
             Err(GgufError::MissingKey(_)) => None,
             Err(e) => return Err(e),
         };
         Ok(Self {
-            merges: gguf.strings("tokenizer.ggml.merges")?.into_iter().map(str::to_owned).collect(),
-            pre_tokenizer: gguf.or(gguf.str("tokenizer.ggml.pre"), "default")?.to_owned(),
             bos: id("tokenizer.ggml.bos_token_id")?,
+            // Files of the older scheme say it only where it is not so.
+            begins_with_bos: gguf
+                .or(gguf.bool("tokenizer.ggml.add_bos_token"), matches!(scheme, Scheme::SentencePiece { .. }))?,
             tokens,
+            scheme,
             kinds,
             chat_template,
             eos,
             bytes,
         })
+    }
+
+    /// Tokens that are plain text, for tests that have no model file.
+    #[cfg(test)]
+    pub fn of_text(tokens: Vec<String>, eos: Vec<u32>) -> Self {
+        Self {
+            kinds: vec![TokenKind::Text; tokens.len()],
+            scheme: Scheme::ByteLevel { merges: Vec::new(), pre_tokenizer: "test".to_owned() },
+            begins_with_bos: false,
+            chat_template: None,
+            bos: None,
+            eos,
+            bytes: tokens.iter().map(|token| token.as_bytes().into()).collect(),
+            tokens,
+        }
     }
 
     pub fn len(&self) -> usize {
@@ -102,9 +140,44 @@ impl Vocabulary {
         self.bytes.get(token as usize).map_or(&[], |b| b)
     }
 
+    /// The byte that a token of the byte fallback stands for.
+    pub fn fallback_byte(&self, token: u32) -> Option<u8> {
+        let byte = byte_token(self.tokens.get(token as usize)?)?;
+        (self.bytes(token) == [byte]).then_some(byte)
+    }
+
     pub fn is_eos(&self, token: u32) -> bool {
         self.eos.contains(&token)
     }
+}
+
+impl Scheme {
+    fn read(gguf: &Gguf, tokens: usize) -> Result<Self, GgufError> {
+        match gguf.str("tokenizer.ggml.model")? {
+            "gpt2" => Ok(Self::ByteLevel {
+                merges: gguf.strings("tokenizer.ggml.merges")?.into_iter().map(str::to_owned).collect(),
+                pre_tokenizer: gguf.or(gguf.str("tokenizer.ggml.pre"), "default")?.to_owned(),
+            }),
+            "llama" => {
+                let scores = gguf.f32s("tokenizer.ggml.scores")?;
+                if scores.len() != tokens || scores.iter().any(|score| score.is_nan()) {
+                    return Err(GgufError::Corrupted("the tokens' scores do not fit the tokens".into()));
+                }
+                let has_space_prefix = gguf.or(gguf.bool("tokenizer.ggml.add_space_prefix"), true)?;
+                Ok(Self::SentencePiece { scores, has_space_prefix })
+            }
+            other => Err(GgufError::Corrupted(format!(
+                "tokenizer `{other}` is not supported (byte-level BPE and SentencePiece's BPE are)"
+            ))),
+        }
+    }
+}
+
+/// The byte that a token of the form `<0x0A>` stands for.
+fn byte_token(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    let is_byte = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    if is_byte { u8::from_str_radix(digits, 16).ok() } else { None }
 }
 
 /// GPT-2's printable spelling of bytes, undone: each character of a token stands for one byte.

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     cluster::{PoolSpec, RestartPolicy},
-    config::{self, Config, EngineKind, Role, Spinning},
+    config::{self, Config, EngineKind, Role, Speculation, Spinning},
     domain::ModelId,
     engine::{self, Backend, EngineError, EngineSpec, MemoryNeed, OnnxRuntime, onnx::RuntimeOptions},
     model::ModelFile,
@@ -97,7 +97,11 @@ impl Models {
     fn pool(&self, config: &Config, id: &ModelId, model: &config::Model, metrics: &Arc<Metrics>) -> PoolSpec {
         let (id, model, metrics) = (id.clone(), model.clone(), Arc::clone(metrics));
         let (file, runtime, cpus) = (Arc::clone(&self.files[&id]), self.runtime.clone(), self.cpus.clone());
-        let kv_block_tokens = config.engine.kv_block_tokens;
+        let (kv_block_tokens, prefix_cache) = (config.engine.kv_block_tokens, config.engine.prefix_cache);
+        let speculation = match config.engine.speculation {
+            Speculation::Auto => engine::Speculation::Auto,
+            Speculation::Off => engine::Speculation::Off,
+        };
         PoolSpec {
             model: id.clone(),
             sequences_max: model.sequences_max,
@@ -118,6 +122,8 @@ impl Models {
                     step_tokens_max: model.step_tokens_max,
                     kv_block_tokens,
                     kv_memory_bytes: model.kv_memory_mib << 20,
+                    prefix_cache,
+                    speculation,
                 };
                 let spawned = cpus.within(|| engine::spawn(spec, sink, Arc::clone(&metrics)));
                 spawned.unwrap_or_else(|error| Err(EngineError::Limits(error.to_string())))

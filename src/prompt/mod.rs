@@ -6,6 +6,7 @@
 
 mod pool;
 mod render;
+mod sentencepiece;
 mod template;
 mod tokenizer;
 

@@ -18,7 +18,8 @@ use tokenizers::{
     processors::PostProcessorWrapper,
 };
 
-use crate::model::{TokenKind, Vocabulary};
+use super::sentencepiece::SentencePiece;
+use crate::model::{Scheme, TokenKind, Vocabulary};
 
 type Bpe = tokenizers::TokenizerImpl<
     BPE,
@@ -38,24 +39,39 @@ pub enum TokenizerError {
 
 /// Shared and immutable; encoding takes `&self` from any thread.
 pub struct Tokenizer {
-    /// Knows the control tokens: for template text.
-    with_specials: Bpe,
-    /// Does not: for what users write.
-    plain: Bpe,
+    rules: Rules,
     control: HashMap<String, u32>,
     vocabulary: Arc<Vocabulary>,
 }
 
+enum Rules {
+    ByteLevel {
+        /// Knows the control tokens: for template text.
+        with_specials: Box<Bpe>,
+        /// Does not: for what users write.
+        plain: Box<Bpe>,
+    },
+    SentencePiece(SentencePiece),
+}
+
 impl Tokenizer {
     pub fn new(vocabulary: Arc<Vocabulary>) -> Result<Self, TokenizerError> {
-        let mut plain = bpe(&vocabulary)?;
-        plain.add_tokens(&added(&vocabulary, TokenKind::UserDefined));
-        let mut with_specials = plain.clone();
-        with_specials.add_special_tokens(&added(&vocabulary, TokenKind::Control));
+        let rules = match &vocabulary.scheme {
+            Scheme::ByteLevel { merges, pre_tokenizer } => {
+                let mut plain = bpe(&vocabulary, merges, pre_tokenizer)?;
+                plain.add_tokens(&added(&vocabulary, TokenKind::UserDefined));
+                let mut with_specials = plain.clone();
+                with_specials.add_special_tokens(&added(&vocabulary, TokenKind::Control));
+                Rules::ByteLevel { with_specials: Box::new(with_specials), plain: Box::new(plain) }
+            }
+            Scheme::SentencePiece { scores, has_space_prefix } => {
+                Rules::SentencePiece(SentencePiece::new(&vocabulary, scores, *has_space_prefix)?)
+            }
+        };
         let kinds = vocabulary.kinds.iter().zip(&vocabulary.tokens).zip(0u32..);
         let control = kinds.filter(|((kind, _), _)| **kind == TokenKind::Control);
         let control = control.map(|((_, text), id)| (text.clone(), id)).collect();
-        Ok(Self { with_specials, plain, control, vocabulary })
+        Ok(Self { rules, control, vocabulary })
     }
 
     /// The control token of exactly this text.
@@ -65,7 +81,11 @@ impl Tokenizer {
 
     /// Token ids of `text`. With `specials`, control tokens spelled in the text become those tokens.
     pub fn encode(&self, text: &str, specials: bool) -> Result<Vec<u32>, TokenizerError> {
-        let tokenizer = if specials { &self.with_specials } else { &self.plain };
+        let tokenizer = match &self.rules {
+            Rules::ByteLevel { with_specials, .. } if specials => with_specials,
+            Rules::ByteLevel { plain, .. } => plain,
+            Rules::SentencePiece(rules) => return Ok(rules.encode(text, specials)),
+        };
         let encoding = tokenizer.encode_fast(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -94,11 +114,10 @@ fn added(vocabulary: &Vocabulary, kind: TokenKind) -> Vec<AddedToken> {
     tokens.map(|(token, _)| AddedToken::from(token.clone(), kind == TokenKind::Control).normalized(false)).collect()
 }
 
-fn bpe(vocabulary: &Vocabulary) -> Result<Bpe, TokenizerError> {
+fn bpe(vocabulary: &Vocabulary, merges: &[String], pre_tokenizer: &str) -> Result<Bpe, TokenizerError> {
     let wrong = |e: &dyn std::fmt::Display| TokenizerError::Vocabulary(e.to_string());
     let ids: Vocab = vocabulary.tokens.iter().cloned().zip(0u32..).collect();
-    let merges = vocabulary
-        .merges
+    let merges = merges
         .iter()
         .map(|pair| {
             let (left, right) = pair.split_once(' ').ok_or_else(|| wrong(&format!("merge `{pair}`")))?;
@@ -108,10 +127,10 @@ fn bpe(vocabulary: &Vocabulary) -> Result<Bpe, TokenizerError> {
     let model = BPE::builder()
         .vocab_and_merges(ids, merges)
         // Llama 3 takes a word that stands in the vocabulary whole, whatever its merges would make of it.
-        .ignore_merges(vocabulary.pre_tokenizer == "llama-bpe")
+        .ignore_merges(pre_tokenizer == "llama-bpe")
         .build()
         .map_err(|e| wrong(&e))?;
-    let pre: PreTokenizerWrapper = match vocabulary.pre_tokenizer.as_str() {
+    let pre: PreTokenizerWrapper = match pre_tokenizer {
         "smollm" => Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]).into(),
         "gpt-2" | "default" => ByteLevel::new(false, true, true).into(),
         "llama-bpe" => {

@@ -38,6 +38,12 @@ pub struct Metrics {
     pub kv_blocks_total: IntGaugeVec,
     /// Sequences sent back to waiting because KV blocks ran out, by `model`.
     pub preemptions: IntCounterVec,
+    /// Prompt tokens found in the prefix cache, by `model`.
+    pub prefix_hit_tokens: IntCounterVec,
+    /// Tokens guessed ahead, by `model`.
+    pub drafted_tokens: IntCounterVec,
+    /// Guessed tokens that were right, by `model`.
+    pub accepted_draft_tokens: IntCounterVec,
     /// Restarts of worker actors by their supervisor, by `model`.
     pub worker_restarts: IntCounterVec,
     /// Refusals at admission by `reason`.
@@ -111,6 +117,17 @@ impl Metrics {
             kv_blocks_used: gauge("lightcone_kv_blocks_used", "KV blocks in use", model),
             kv_blocks_total: gauge("lightcone_kv_blocks_total", "KV blocks in all", model),
             preemptions: counter("lightcone_preemptions_total", "Sequences preempted for want of KV blocks", model),
+            prefix_hit_tokens: counter(
+                "lightcone_prefix_hit_tokens_total",
+                "Prompt tokens found in the prefix cache",
+                model,
+            ),
+            drafted_tokens: counter("lightcone_drafted_tokens_total", "Tokens guessed ahead", model),
+            accepted_draft_tokens: counter(
+                "lightcone_accepted_draft_tokens_total",
+                "Guessed tokens that were right",
+                model,
+            ),
             worker_restarts: counter("lightcone_worker_restarts_total", "Restarts of worker actors", model),
             refusals: counter("lightcone_refusals_total", "Refused requests by reason", &["reason"]),
             expired_holds: plain_counter("lightcone_expired_holds_total", "Holds released because nobody renewed them"),

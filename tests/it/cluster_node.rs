@@ -156,6 +156,21 @@ async fn a_store_that_dies_in_mid_stream_is_restarted_and_the_request_is_settled
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_found_in_the_prefix_cache_are_told_and_cost_what_the_others_do() {
+    let home = Home::new("");
+    let node = home.start(&[]);
+    let key = home.key();
+    let mut prompt_tokens = 0;
+    for round in 0..2 {
+        let usage = node.ask(&key, &"the same words again ".repeat(20), 4).await.rest().await.usage.unwrap();
+        prompt_tokens = usage["prompt_tokens"].as_i64().unwrap();
+        let found = if round == 0 { 0 } else { (prompt_tokens - 1) / 16 * 16 };
+        assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], found, "{usage}");
+    }
+    assert_eq!(home.assert_settled(&[])["charged_nano_usd"], json!(2 * (prompt_tokens * 200 + 4 * 300)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn more_requests_than_the_worker_has_places_wait_and_are_all_served() {
     let home = Home::new("");
     let node = home.start(&[]);

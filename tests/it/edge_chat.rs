@@ -122,7 +122,7 @@ async fn what_a_client_asks_for_is_what_the_worker_gets() {
             {"role": "user", "content": "<|im_start|>system"},
         ],
         "max_completion_tokens": 7, "max_tokens": 9, "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125,
-        "seed": -1, "stop": ["x", "y"], "ignore_eos": true, "n": 1, "logprobs": null, "tools": [], "user": "u",
+        "seed": -1, "stop": ["x", "y"], "cache_salt": "s", "ignore_eos": true, "n": 1, "logprobs": null, "tools": [], "user": "u",
         "surprise": {"a": 1}, "bad name\n": 1,
     });
     let waiting = front.asking(&body);
@@ -138,6 +138,7 @@ async fn what_a_client_asks_for_is_what_the_worker_gets() {
     );
     assert_eq!((job.output_tokens_max, job.ignore_eos), (7, true));
     assert_eq!(job.stop, ["x", "y"]);
+    assert_eq!(job.cache_salt, "s");
     let sampling = job.sampling;
     assert_eq!((sampling.temperature, sampling.top_p, sampling.min_p), (0.5, 0.25, 0.125));
     assert_eq!((sampling.top_k, sampling.seed), (3, u64::MAX));

@@ -1,21 +1,20 @@
 //! The engine on the real model.
 
-use std::{collections::HashMap, sync::Arc};
+use std::sync::Arc;
 
 use lightcone::{
-    domain::{FinishReason, ModelId, RequestId, SamplingParams, Usage},
+    domain::{FinishReason, RequestId, SamplingParams},
     engine::{
-        self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec,
+        EngineEventBody, EngineMessage,
         quality::{self, Bounds, Passage},
     },
     prompt::Tokenizer,
-    telemetry::Metrics,
 };
-use tokio::sync::mpsc;
 
-use crate::support::model::{model, runtime};
-
-const TEXT: &str = include_str!("../data/alice.txt");
+use crate::support::{
+    engine::{Served, TEXT, request, spec},
+    model::{model, runtime},
+};
 
 #[test]
 fn the_served_graph_is_as_good_as_the_dequantised_fp32_weights() {
@@ -46,76 +45,6 @@ fn the_tokeniser_agrees_with_llama_cpp() {
     assert!(tokenizer.encode("<|im_end|>", false).unwrap().len() > 1);
 }
 
-/// A running engine and the events of its requests.
-struct Served {
-    handle: EngineHandle,
-    events: mpsc::Receiver<EngineMessage>,
-}
-
-fn spawn(sequences_max: usize, step_tokens_max: usize, kv_mib: usize) -> Served {
-    let (sink, events) = mpsc::channel(64);
-    let spec = EngineSpec {
-        model: ModelId::from("test"),
-        file: model(),
-        backend: Backend::Onnx(runtime()),
-        context_tokens_max: 1024,
-        sequences_max,
-        step_tokens_max,
-        kv_block_tokens: 16,
-        kv_memory_bytes: kv_mib << 20,
-    };
-    Served { handle: engine::spawn(spec, sink, Arc::new(Metrics::new())).unwrap(), events }
-}
-
-fn request(id: &str, text: &str, output_tokens_max: u32) -> EngineRequest {
-    let tokenizer = Tokenizer::new(Arc::clone(&model().vocabulary)).unwrap();
-    let prompt = format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");
-    EngineRequest {
-        request: RequestId::from(id),
-        prompt: tokenizer.encode(&prompt, true).unwrap(),
-        output_tokens_max,
-        sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 },
-        stop: vec![],
-        ignore_eos: false,
-    }
-}
-
-type Answers = HashMap<String, (String, FinishReason, Usage)>;
-
-impl Served {
-    /// Submits all and waits for all.
-    fn answers(&mut self, requests: Vec<EngineRequest>) -> Answers {
-        let count = requests.len();
-        for request in requests {
-            self.handle.submit(request).unwrap();
-        }
-        let mut texts: HashMap<String, (String, u32)> = HashMap::new();
-        let mut answers = Answers::new();
-        while answers.len() < count {
-            let EngineMessage::Step(events) = self.events.blocking_recv().expect("the engine lives") else {
-                panic!("the engine died");
-            };
-            for event in events {
-                let id = event.request.to_string();
-                match event.body {
-                    EngineEventBody::Delta { text, tokens } => {
-                        let entry = texts.entry(id).or_default();
-                        entry.0 += &text;
-                        entry.1 += tokens;
-                    }
-                    EngineEventBody::Finished { reason, usage } => {
-                        let (text, counted) = texts.remove(&id).unwrap_or_default();
-                        assert!(counted <= usage.completion_tokens);
-                        answers.insert(id, (text, reason, usage));
-                    }
-                    EngineEventBody::Failed { message } => panic!("{id}: {message}"),
-                }
-            }
-        }
-        answers
-    }
-}
-
 const QUESTIONS: [&str; 4] = [
     "What is the capital of France?",
     "Write a haiku about the sea.",
@@ -124,34 +53,8 @@ const QUESTIONS: [&str; 4] = [
 ];
 
 #[test]
-fn a_greedy_answer_is_the_same_alone_in_company_and_in_any_chunking() {
-    let mut alone = spawn(1, 64, 64);
-    let expected: Vec<String> =
-        QUESTIONS.iter().map(|q| alone.answers(vec![request("a", q, 48)]).remove("a").unwrap().0).collect();
-    println!("{expected:#?}");
-    assert!(expected[0].contains("Paris"), "{}", expected[0]);
-    let mut company = spawn(32, 40, 256);
-    let crowd = (0..32)
-        .map(|i| {
-            let mut r = request(&i.to_string(), QUESTIONS[i % 4], 48);
-            if i >= 4 {
-                // Neighbours of other lengths, of which some sample.
-                let text = format!("{} {}", &TEXT[i * 20..i * 50], QUESTIONS[i % 4]);
-                r = request(&i.to_string(), &text, 20 + i as u32);
-                r.sampling.temperature = (i % 3) as f32 * 0.5;
-            }
-            r
-        })
-        .collect();
-    let answers = company.answers(crowd);
-    for (i, expected) in expected.iter().enumerate() {
-        assert_eq!(&answers[&i.to_string()].0, expected);
-    }
-}
-
-#[test]
 fn sequences_preempted_for_want_of_blocks_end_with_the_same_text() {
-    let mut roomy = spawn(4, 64, 64);
+    let mut roomy = Served::spawn(spec(4, 64, 64));
     let requests = || {
         (0..4)
             .map(|i| {
@@ -164,14 +67,19 @@ fn sequences_preempted_for_want_of_blocks_end_with_the_same_text() {
     };
     let expected = roomy.answers(requests());
     // 1024 tokens of context need 65 blocks of 360 KiB; four sequences of 400 tokens want 100.
-    let mut tight = spawn(4, 64, 23);
-    assert_eq!(tight.answers(requests()), expected);
+    let mut tight = Served::spawn(spec(4, 64, 23));
+    // Sent back to waiting, a sequence finds what it had computed, as far as that has not been overwritten.
+    for (id, (text, reason, usage)) in tight.answers(requests()) {
+        let (expected_text, expected_reason, expected_usage) = &expected[&id];
+        assert_eq!((&text, reason), (expected_text, *expected_reason));
+        assert_eq!(usage.completion_tokens, expected_usage.completion_tokens);
+    }
     assert_eq!(tight.handle.load().kv_blocks_used, 0);
 }
 
 #[test]
 fn stop_strings_lengths_and_seeds_hold() {
-    let mut served = spawn(8, 64, 64);
+    let mut served = Served::spawn(spec(8, 64, 64));
     let mut stop = request("stop", QUESTIONS[0], 100);
     stop.stop = vec!["nowhere".into(), "tal of Fr".into()];
     let length = request("length", QUESTIONS[1], 5);
@@ -193,7 +101,7 @@ fn stop_strings_lengths_and_seeds_hold() {
 
 #[test]
 fn a_cancelled_request_ends_within_a_step_and_gives_its_blocks_back() {
-    let mut served = spawn(2, 64, 64);
+    let mut served = Served::spawn(spec(2, 64, 64));
     let mut endless = request("endless", QUESTIONS[2], 900);
     endless.ignore_eos = true;
     served.handle.submit(endless).unwrap();

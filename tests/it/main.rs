@@ -8,6 +8,8 @@ mod edge_chat;
 mod edge_prompt;
 mod edge_refusals;
 mod engine;
+mod engine_schedule;
+mod gemma;
 mod gguf_hostile;
 mod models;
 mod store_accounts;

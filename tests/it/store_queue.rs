@@ -7,7 +7,7 @@ use std::{
 };
 
 use lightcone::{
-    domain::{Claim, Job, ModelId, NanoUsd, NodeId, Price, ReplyTo, RequestId, SamplingParams},
+    domain::{Claim, Job, ModelId, NanoUsd, NodeId, Price, Priority, ReplyTo, RequestId, SamplingParams},
     queue::{PublishError, Queue, QueueLimits},
 };
 
@@ -30,6 +30,8 @@ fn job(tenant: &str, prompt_tokens: usize) -> Job {
         sampling: SamplingParams { temperature: 0.7, top_p: 0.9, top_k: 40, min_p: 0.0, seed: u64::MAX },
         stop: vec!["\n\n".to_owned(), "\0".to_owned()],
         ignore_eos: false,
+        cache_salt: "salt".to_owned(),
+        priority: Priority::default(),
         price: Price { input: NanoUsd::new(200), output: NanoUsd::new(300) },
         price_version: "2026-11".to_owned(),
         hold: NanoUsd::new(6_800),

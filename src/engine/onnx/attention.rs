@@ -43,9 +43,16 @@ impl Pages<'_> {
     }
 }
 
-/// `out[q] = softmax(queries[q] · keys) · values` over the first `visible[q]` tokens. `queries` are already
-/// scaled; both are `[queries, head_size]`, row-major. Every `visible` is at least 1.
-pub fn attend(pages: Pages, queries: &[f32], visible: &[usize], out: &mut [f32]) {
+/// The tokens that a query sees: one at least.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Span {
+    pub from: usize,
+    pub to: usize,
+}
+
+/// `out[q] = softmax(queries[q] · keys) · values` over the tokens of `visible[q]`. `queries` are already
+/// scaled; both are `[queries, head_size]`, row-major.
+pub fn attend(pages: Pages, queries: &[f32], visible: &[Span], out: &mut [f32]) {
     let head_size = pages.cache.shape.head_size;
     let tiles = queries.chunks(QUERIES_MAX * head_size).zip(out.chunks_mut(QUERIES_MAX * head_size));
     for ((queries, out), visible) in tiles.zip(visible.chunks(QUERIES_MAX)) {
@@ -69,7 +76,7 @@ pub fn attend(pages: Pages, queries: &[f32], visible: &[usize], out: &mut [f32])
 }
 
 /// The same, one query and one number at a time: for other machines, and the twin in the tests.
-fn plain(pages: Pages, queries: &[f32], visible: &[usize], out: &mut [f32]) {
+fn plain(pages: Pages, queries: &[f32], visible: &[Span], out: &mut [f32]) {
     let shape = &pages.cache.shape;
     let size = shape.head_size;
     for ((query, out), visible) in queries.chunks_exact(size).zip(out.chunks_exact_mut(size)).zip(visible) {
@@ -78,12 +85,12 @@ fn plain(pages: Pages, queries: &[f32], visible: &[usize], out: &mut [f32]) {
             let keys = pages.keys(token);
             (0..size).map(|d| query[d] * (*keys.add(d * shape.block_tokens)).to_f32()).sum::<f32>()
         };
-        let scores: Vec<f32> = (0..*visible).map(score).collect();
+        let scores: Vec<f32> = (visible.from..visible.to).map(score).collect();
         let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weights: Vec<f32> = scores.iter().map(|s| (s - largest).exp()).collect();
         let total: f32 = weights.iter().sum();
         out.fill(0.0);
-        for (token, weight) in weights.iter().enumerate() {
+        for (token, weight) in (visible.from..).zip(&weights) {
             let value = pages.value(token);
             for (d, out) in out.iter_mut().enumerate() {
                 // SAFETY: as above.
@@ -95,9 +102,9 @@ fn plain(pages: Pages, queries: &[f32], visible: &[usize], out: &mut [f32]) {
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use std::arch::x86_64::*;
+    use std::{arch::x86_64::*, ops::Range};
 
-    use super::{GROUP, LANES, Pages};
+    use super::{GROUP, LANES, Pages, Span};
     use crate::engine::simd::exp;
 
     #[repr(align(32))]
@@ -105,25 +112,32 @@ mod avx2 {
 
     /// # Safety
     /// AVX2, FMA and F16C are there. Head and block sizes are multiples of `LANES`. `queries` and `out` have
-    /// `Q` rows, `visible` has `Q` counts, and the blocks cover the largest of them.
+    /// `Q` rows, `visible` has `Q` spans, and the blocks cover the last of them.
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn attend<const Q: usize>(pages: Pages, queries: &[f32], visible: &[usize], out: &mut [f32]) {
+    pub unsafe fn attend<const Q: usize>(pages: Pages, queries: &[f32], visible: &[Span], out: &mut [f32]) {
         let size = pages.cache.shape.head_size;
         assert!(queries.len() == Q * size && out.len() == Q * size && visible.len() == Q);
-        let last = visible.iter().copied().max().unwrap_or(0);
+        let first = visible.iter().map(|span| span.from).min().unwrap_or(0) / GROUP * GROUP;
+        let last = visible.iter().map(|span| span.to).max().unwrap_or(0);
         let mut largest = [f32::NEG_INFINITY; Q];
         let mut total = [0f32; Q];
         let mut weights = Weights::<Q>([[0.0; GROUP]; Q]);
         out.fill(0.0);
-        for from in (0..last).step_by(GROUP) {
+        for from in (first..last).step_by(GROUP) {
             let tokens = GROUP.min(last - from);
             let mut correction = [1f32; Q];
             // SAFETY: the caller's promises, passed on; `from + tokens` is at most `last`.
             unsafe {
                 scores(pages, queries, from, tokens, &mut weights);
                 for q in 0..Q {
-                    let seen = visible[q].saturating_sub(from).min(GROUP);
-                    correction[q] = soften(&mut weights.0[q], seen, &mut largest[q], &mut total[q]);
+                    let seen = |end: usize| end.saturating_sub(from).min(GROUP);
+                    let seen = seen(visible[q].from)..seen(visible[q].to);
+                    // A group that a query does not see leaves it as it was, to the bit.
+                    if seen.is_empty() {
+                        weights.0[q].fill(0.0);
+                    } else {
+                        correction[q] = soften(&mut weights.0[q], seen, &mut largest[q], &mut total[q]);
+                    }
                 }
                 values(pages, &weights, &correction, from, tokens, out);
             }
@@ -174,10 +188,11 @@ mod avx2 {
     }
 
     /// Turns the scores of one group into softmax weights relative to the largest score so far, and returns
-    /// what the earlier groups' sums must be multiplied with. Tokens from `seen` on weigh exactly 0.
+    /// what the earlier groups' sums must be multiplied with. Tokens that are not `seen` weigh exactly 0.
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn soften(weights: &mut [f32; GROUP], seen: usize, largest: &mut f32, total: &mut f32) -> f32 {
-        weights[seen..].fill(f32::NEG_INFINITY);
+    fn soften(weights: &mut [f32; GROUP], seen: Range<usize>, largest: &mut f32, total: &mut f32) -> f32 {
+        weights[..seen.start].fill(f32::NEG_INFINITY);
+        weights[seen.end..].fill(f32::NEG_INFINITY);
         let mut lanes = [f32::NEG_INFINITY; 8];
         for chunk in weights.as_chunks::<8>().0 {
             for (lane, x) in lanes.iter_mut().zip(chunk) {
@@ -263,15 +278,15 @@ mod tests {
     use crate::engine::onnx::kv::KvShape;
 
     /// A cache with `tokens` pseudo-random tokens in shuffled blocks.
-    fn filled(tokens: usize, block_tokens: usize, seed: u64) -> (KvCache, Vec<u32>) {
+    fn filled(tokens: usize, head_size: usize, block_tokens: usize, seed: u64) -> (KvCache, Vec<u32>) {
         let blocks = tokens.div_ceil(block_tokens);
-        let shape = KvShape { layers: 2, kv_heads: 2, head_size: 64, block_tokens, blocks };
+        let shape = KvShape { layers: 2, kv_heads: 2, head_size, block_tokens, blocks };
         let cache = KvCache::new(shape).unwrap();
         let table: Vec<u32> = (0..blocks as u32).rev().collect();
         let mut next = numbers(seed);
         for token in 0..tokens {
-            let key: Vec<f32> = (0..64).map(|_| next()).collect();
-            let value: Vec<f32> = (0..64).map(|_| next()).collect();
+            let key: Vec<f32> = (0..head_size).map(|_| next()).collect();
+            let value: Vec<f32> = (0..head_size).map(|_| next()).collect();
             // SAFETY: one thread.
             unsafe { cache.write(1, table[token / block_tokens], 1, token % block_tokens, &key, &value) };
         }
@@ -295,14 +310,19 @@ mod tests {
         fn attention_agrees_with_its_slow_twin_and_does_not_depend_on_the_tile(
             tokens in 1usize..300,
             queries in 1usize..15,
+            head_size in prop::sample::select(vec![64usize, 256]),
             block_tokens in prop::sample::select(vec![16usize, 32, 64]),
+            window in prop::sample::select(vec![1usize, 5, 64, 100, usize::MAX]),
             seed: u64,
         ) {
-            let (cache, table) = filled(tokens, block_tokens, seed);
+            let (cache, table) = filled(tokens, head_size, block_tokens, seed);
             let pages = Pages { cache: &cache, blocks: &table, layer: 1, kv_head: 1 };
             let mut next = numbers(seed ^ 99);
-            let q: Vec<f32> = (0..queries * 64).map(|_| next()).collect();
-            let visible: Vec<usize> = (0..queries).map(|i| tokens.saturating_sub(i / 3).max(1)).collect();
+            let q: Vec<f32> = (0..queries * head_size).map(|_| next()).collect();
+            let visible: Vec<Span> = (0..queries)
+                .map(|i| tokens.saturating_sub(i * 20 / 3).max(1))
+                .map(|to| Span { from: to.saturating_sub(window), to })
+                .collect();
             let (mut fast, mut slow) = (vec![0.0; q.len()], vec![0.0; q.len()]);
             attend(pages, &q, &visible, &mut fast);
             plain(pages, &q, &visible, &mut slow);
@@ -310,9 +330,9 @@ mod tests {
                 prop_assert!((a - b).abs() < 2e-5, "{a} against {b}");
             }
             for i in 0..queries {
-                let mut alone = vec![0.0; 64];
-                attend(pages, &q[i * 64..][..64], &visible[i..=i], &mut alone);
-                prop_assert_eq!(&alone[..], &fast[i * 64..][..64]);
+                let mut alone = vec![0.0; head_size];
+                attend(pages, &q[i * head_size..][..head_size], &visible[i..=i], &mut alone);
+                prop_assert_eq!(&alone[..], &fast[i * head_size..][..head_size]);
             }
         }
     }

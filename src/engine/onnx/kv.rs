@@ -7,7 +7,7 @@ use half::f16;
 use memmap2::MmapMut;
 
 use super::EngineError;
-use crate::model::LlamaParams;
+use crate::model::ModelParams;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct KvShape {
@@ -19,7 +19,7 @@ pub struct KvShape {
 }
 
 impl KvShape {
-    pub fn new(params: &LlamaParams, block_tokens: usize, blocks: usize) -> Self {
+    pub fn new(params: &ModelParams, block_tokens: usize, blocks: usize) -> Self {
         Self { layers: params.layers, kv_heads: params.kv_heads, head_size: params.head_size, block_tokens, blocks }
     }
 
@@ -64,7 +64,7 @@ impl KvCache {
     ///
     /// # Safety
     /// Nobody else reads or writes the same (layer, block, head, slot) meanwhile. The scheduler gives each
-    /// block to one sequence, and a step writes each position once, before any row reads it.
+    /// block that is written to one sequence, and a step writes each position once, before any row reads it.
     pub unsafe fn write(&self, layer: usize, block: u32, kv_head: usize, slot: usize, key: &[f32], value: &[f32]) {
         let s = &self.shape;
         assert!(slot < s.block_tokens && key.len() == s.head_size && value.len() == s.head_size);

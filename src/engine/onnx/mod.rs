@@ -1,4 +1,4 @@
-//! Llama-family models on ONNX Runtime: the graph, its weights, and our operators in it.
+//! Language models on ONNX Runtime: the graph, its weights, and our operators in it.
 //!
 //! Matrices stay in the small whole numbers of their file; activations are quantised in blocks of each row,
 //! so a row's numbers never depend on its neighbours; integer sums are exact in any order.
@@ -30,7 +30,7 @@ use parking_lot::RwLock;
 pub use runtime::{OnnxRuntime, RuntimeOptions};
 
 use super::{Batch, BatchSequence, EngineError, Forward};
-use crate::model::{GgufError, LlamaParams, ModelFile};
+use crate::model::{Activation, GgufError, ModelFile, ModelParams};
 use graph::{Dim, Graph};
 use kv::{KvCache, KvShape};
 use linear::Layout;
@@ -39,7 +39,7 @@ use proto::DataType;
 use weights::Weights;
 
 /// Bytes that one KV block of `block_tokens` tokens takes.
-pub fn kv_block_bytes(params: &LlamaParams, block_tokens: usize) -> usize {
+pub fn kv_block_bytes(params: &ModelParams, block_tokens: usize) -> usize {
     KvShape::new(params, block_tokens, 1).block_bytes()
 }
 
@@ -82,8 +82,13 @@ impl OnnxModel {
             step: RwLock::default(),
             cache: KvCache::new(KvShape::new(params, kv_block_tokens, kv_blocks))?,
             params: params.clone(),
-            angles: Shared::angles(params, context_tokens),
+            angles: Shared::angles(params, params.rope_base, context_tokens),
+            window_angles: params
+                .sliding
+                .as_ref()
+                .map_or(Vec::new(), |sliding| Shared::angles(params, sliding.rope_base, context_tokens)),
             layouts,
+            threads: runtime.options.threads,
         });
         let session = session(runtime, &shared, tensors)?;
         file.gguf.release_pages();
@@ -124,6 +129,7 @@ impl OnnxModel {
         let tokens = batch.sequences.iter().flat_map(|s| &s.tokens[s.computed..s.computed + s.rows]);
         for (token, out) in tokens.zip(self.embeddings.chunks_exact_mut(width)) {
             self.file.gguf.dequantize_rows("token_embd.weight", *token as usize, out)?;
+            out.iter_mut().for_each(|x| *x *= self.file.params.embedding_factor);
         }
         Ok(batch.rows())
     }
@@ -199,7 +205,7 @@ fn trim_heap() {
 }
 
 /// The graph of one step: `x` `[rows, width]`, the embeddings, to `logits` `[sampled, vocabulary]`.
-fn served_graph(params: &LlamaParams, layouts: &[Layout]) -> Vec<u8> {
+fn served_graph(params: &ModelParams, layouts: &[Layout]) -> Vec<u8> {
     let mut build = Builder { graph: Graph::default(), layouts, next: 0 };
     build.graph.input("x", DataType::F32, &[Dim::Named("rows"), Dim::Fixed(params.width)]);
     build.graph.output("logits", DataType::F32, &[Dim::Named("sampled"), Dim::Fixed(params.vocabulary)]);
@@ -208,16 +214,16 @@ fn served_graph(params: &LlamaParams, layouts: &[Layout]) -> Vec<u8> {
         let n = |part: &str| format!("l{i}.{part}");
         build.norm("NormQuantize", &x, &n("attn_norm"), params.width, &n("in"));
         build.linear(&n("in"), &n("qkv"), None);
-        let (quants, scales) = (n("mixed"), n("mixed.scales"));
-        let index = vec![graph::int("index", i as i64)];
-        build.graph.own("Attention", &[&n("qkv.out")], &[&quants, &scales], index);
-        build.linear(&n("mixed"), &n("o"), Some(&x));
-        build.norm("NormQuantize", &n("o.out"), &n("ffn_norm"), params.width, &n("ffn_in"));
+        build.attention(params, i);
+        let attended = build.add(params, &n("mixed"), &n("o"), &n("post_attention_norm"), &x);
+        build.norm("NormQuantize", &attended, &n("ffn_norm"), params.width, &n("ffn_in"));
         build.linear(&n("ffn_in"), &n("gate_up"), None);
-        let (quants, scales) = (n("hidden"), n("hidden.scales"));
-        build.graph.own("SiluMulQuantize", &[&n("gate_up.out")], &[&quants, &scales], vec![]);
-        build.linear(&n("hidden"), &n("down"), Some(&n("o.out")));
-        x = n("down.out");
+        let gated = match params.activation {
+            Activation::Silu => "SiluMulQuantize",
+            Activation::Gelu => "GeluMulQuantize",
+        };
+        build.graph.own(gated, &[&n("gate_up.out")], &[&n("hidden"), &n("hidden.scales")], vec![]);
+        x = build.add(params, &n("hidden"), &n("down"), &n("post_ffw_norm"), &attended);
     }
     build.norm("SampledNormQuantize", &x, "head.norm", params.width, "head.in");
     build.product("head.in", "head", None, "logits");
@@ -236,6 +242,36 @@ impl Builder<'_> {
     fn norm(&mut self, op: &str, from: &str, weights: &str, width: usize, to: &str) {
         self.graph.weight(weights, DataType::F32, &[width]);
         self.graph.own(op, &[from, weights], &[to, &format!("{to}.scales")], vec![]);
+    }
+
+    /// The layer's `mixed`, from its `qkv.out`.
+    fn attention(&mut self, params: &ModelParams, layer: usize) {
+        let n = |part: &str| format!("l{layer}.{part}");
+        let (from, norms) = (n("qkv.out"), [n("attn_q_norm"), n("attn_k_norm")]);
+        let mut inputs = vec![from.as_str()];
+        if params.has_head_norms {
+            for norm in &norms {
+                self.graph.weight(norm, DataType::F32, &[params.head_size]);
+                inputs.push(norm);
+            }
+        }
+        let op = if params.has_head_norms { "AttentionHeadNorms" } else { "Attention" };
+        let index = vec![graph::int("index", layer as i64)];
+        self.graph.own(op, &inputs, &[&n("mixed"), &n("mixed.scales")], index);
+    }
+
+    /// The residual stream plus the product of `from` and the matrix `name`, normalised before that where the
+    /// model does so. Its name.
+    fn add(&mut self, params: &ModelParams, from: &str, name: &str, norm: &str, residual: &str) -> String {
+        if !params.has_post_norms {
+            self.linear(from, name, Some(residual));
+            return format!("{name}.out");
+        }
+        let sum = format!("{name}.sum");
+        self.linear(from, name, None);
+        self.graph.weight(norm, DataType::F32, &[params.width]);
+        self.graph.own("NormAdd", &[&format!("{name}.out"), norm, residual], &[&sum], vec![]);
+        sum
     }
 
     /// `name.out` becomes the product of `from` and the matrix `name`, and plus the residual.

@@ -7,7 +7,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     },
 };
 
@@ -20,42 +20,48 @@ use ort::{
 use parking_lot::RwLock;
 
 use super::{
-    attention::{Pages, attend},
+    attention::{Pages, Span, attend},
     graph::DOMAIN,
     kv::KvCache,
     linear::{Layout, Rows, Target},
     rows,
     step::{Step, TILE_ROWS_MAX},
 };
-use crate::model::{BLOCK, LlamaParams};
+use crate::model::{BLOCK, ModelParams, RopePairs};
 
 type Result<T> = ort::Result<T>;
 
 /// Numbers below which one thread is faster than waking another.
 const PARALLEL_MIN: usize = 16 * 1024;
 /// Products of codes and quants that one piece of a matrix product has, about.
-const PIECE_PRODUCTS: usize = 512 * 1024;
+const PIECE_PRODUCTS: usize = 128 * 1024;
+/// Pieces of one matrix product, at most.
+const PIECES_MAX: usize = 64;
 
 /// What the kernels share with the engine's thread, which changes it between runs.
 pub struct Shared {
     pub step: RwLock<Step>,
     pub cache: KvCache,
-    pub params: LlamaParams,
+    pub params: ModelParams,
     /// Per position: cosines, then sines, `head_size / 2` of each.
     pub angles: Vec<f32>,
+    /// The same for layers with a sliding window; empty where there are none.
+    pub window_angles: Vec<f32>,
     /// How the matrices are packed, in the order of the graph.
     pub layouts: Vec<Layout>,
+    /// Threads of ONNX Runtime's pool, its caller among them.
+    pub threads: usize,
 }
 
 impl Shared {
-    /// Angles of the rotary embedding for every position of the context.
-    pub fn angles(params: &LlamaParams, context_tokens: usize) -> Vec<f32> {
+    /// Angles of a rotary embedding for every position of the context.
+    pub fn angles(params: &ModelParams, base: f32, context_tokens: usize) -> Vec<f32> {
         let pairs = params.head_size / 2;
         let mut angles = Vec::with_capacity(context_tokens * params.head_size);
         for position in 0..context_tokens {
             let angle = |pair: usize| {
                 let exponent = -2.0 * pair as f64 / params.head_size as f64;
-                position as f64 * f64::from(params.rope_base).powf(exponent)
+                position as f64 * f64::from(base).powf(exponent)
             };
             angles.extend((0..pairs).map(|pair| angle(pair).cos() as f32));
             angles.extend((0..pairs).map(|pair| angle(pair).sin() as f32));
@@ -78,7 +84,10 @@ pub fn domain(shared: &Arc<Shared>) -> Result<OperatorDomain> {
         .add(op("NormQuantize", &[Float32, Float32], &quantized, norm_quantize))?
         .add(op("SampledNormQuantize", &[Float32, Float32], &quantized, sampled_norm_quantize))?
         .add(op("Attention", &[Float32], &quantized, attention))?
+        .add(op("AttentionHeadNorms", &[Float32; 3], &quantized, attention))?
+        .add(op("NormAdd", &[Float32; 3], &[Float32], norm_add))?
         .add(op("SiluMulQuantize", &[Float32], &quantized, silu_mul_quantize))?
+        .add(op("GeluMulQuantize", &[Float32], &quantized, gelu_mul_quantize))?
         .add(op("Linear", &[Int8, Float32, Uint8], &[Float32], linear))?
         .add(op("LinearAdd", &[Int8, Float32, Uint8, Float32], &[Float32], linear))
 }
@@ -98,7 +107,7 @@ struct Call<'a> {
     shared: &'a Shared,
     /// Of the layer, or of the matrix.
     index: usize,
-    has_residual: bool,
+    inputs: usize,
 }
 
 /// Buffers that a kernel keeps from call to call.
@@ -129,7 +138,7 @@ impl Operator for Op {
             name: self.name,
             shared: Arc::clone(&self.shared),
             index,
-            has_residual: self.inputs.len() > 3,
+            inputs: self.inputs.len(),
             kernel: self.kernel,
             scratch: Scratch::default(),
         }))
@@ -140,15 +149,15 @@ struct Guarded {
     name: &'static str,
     shared: Arc<Shared>,
     index: usize,
-    has_residual: bool,
+    inputs: usize,
     kernel: fn(&Call, &mut Scratch) -> Result<()>,
     scratch: Scratch,
 }
 
 impl Kernel for Guarded {
     fn compute(&mut self, context: &ComputeContext) -> Result<()> {
-        let Self { shared, index, has_residual, kernel, scratch, .. } = self;
-        let call = Call { context, shared, index: *index, has_residual: *has_residual };
+        let Self { shared, index, inputs, kernel, scratch, .. } = self;
+        let call = Call { context, shared, index: *index, inputs: *inputs };
         catch_unwind(AssertUnwindSafe(|| kernel(&call, scratch)))
             .unwrap_or_else(|_| Err(ort::Error::new(format!("operator {} panicked", self.name))))
     }
@@ -187,10 +196,17 @@ impl Call<'_> {
             return Ok(());
         }
         let panicked = AtomicBool::new(false);
-        // As many batches as pieces: threads take them one by one, so unequal pieces still end together.
-        self.context.par_for(count, count, |piece| {
-            if catch_unwind(AssertUnwindSafe(|| body(piece))).is_err() {
-                panicked.store(true, Relaxed);
+        // One task a thread, and threads take pieces one by one: unequal pieces still end together, and ONNX
+        // Runtime has little to hand out.
+        let next = AtomicUsize::new(0);
+        let threads = self.shared.threads.min(count);
+        self.context.par_for(threads, threads, |_| {
+            while let piece = next.fetch_add(1, Relaxed)
+                && piece < count
+            {
+                if catch_unwind(AssertUnwindSafe(|| body(piece))).is_err() {
+                    panicked.store(true, Relaxed);
+                }
             }
         })?;
         if panicked.into_inner() { Err(ort::Error::new("a parallel piece panicked")) } else { Ok(()) }
@@ -267,13 +283,36 @@ fn sampled_norm_quantize(call: &Call, _: &mut Scratch) -> Result<()> {
     Ok(())
 }
 
+/// Normalises every row and adds the residual stream. Inputs: rows, the norm's weights, the residual.
+fn norm_add(call: &Call, _: &mut Scratch) -> Result<()> {
+    let (rows, width, x) = call.input::<f32>(0)?;
+    let (_, _, weights) = call.input::<f32>(1)?;
+    let (_, _, residual) = call.input::<f32>(2)?;
+    let out = call.output::<f32>(0, rows, width)?;
+    let epsilon = call.shared.params.norm_epsilon;
+    call.each(rows, 2 * width, |r| {
+        let span = r * width..(r + 1) * width;
+        // SAFETY: each piece has its own row.
+        let out = unsafe { out.row(r) };
+        rows::norm_add(&x[span.clone()], weights, epsilon, &residual[span], out);
+    })
+}
+
 fn silu_mul_quantize(call: &Call, _: &mut Scratch) -> Result<()> {
+    gated(call, rows::silu_mul_quantize)
+}
+
+fn gelu_mul_quantize(call: &Call, _: &mut Scratch) -> Result<()> {
+    gated(call, rows::gelu_mul_quantize)
+}
+
+fn gated(call: &Call, activate: fn(&[f32], &mut [i8], &mut [f32])) -> Result<()> {
     let (rows, both, x) = call.input::<f32>(0)?;
     let out = call.quantized(rows, both / 2)?;
     call.each(rows, 4 * both, |r| {
         // SAFETY: each piece has its own row.
         let (quants, scales) = unsafe { out.row(r) };
-        rows::silu_mul_quantize(&x[r * both..][..both], quants, scales);
+        activate(&x[r * both..][..both], quants, scales);
     })
 }
 
@@ -283,7 +322,7 @@ fn linear(call: &Call, _: &mut Scratch) -> Result<()> {
     let (count, _, quants) = call.input::<i8>(0)?;
     let (_, _, scales) = call.input::<f32>(1)?;
     let (_, _, weights) = call.input::<u8>(2)?;
-    let residual = if call.has_residual { Some(call.input::<f32>(3)?.2) } else { None };
+    let residual = if call.inputs > 3 { Some(call.input::<f32>(3)?.2) } else { None };
     let layout = &call.shared.layouts[call.index];
     let out = call.output::<f32>(0, count, layout.outputs)?;
     let rows = Rows { count, quants, scales };
@@ -291,7 +330,7 @@ fn linear(call: &Call, _: &mut Scratch) -> Result<()> {
     let panels = layout.panels();
     // Pieces of some microseconds: small enough to end together, large enough to be worth taking.
     let work = count * layout.inputs * layout.outputs;
-    let pieces = (work / PIECE_PRODUCTS).clamp(1, panels);
+    let pieces = (work / PIECE_PRODUCTS).clamp(1, panels.min(PIECES_MAX));
     call.each(pieces, work / pieces, |piece| {
         let (from, to) = (panels * piece / pieces, panels * (piece + 1) / pieces);
         // SAFETY: pieces have different panels, and the output was made for these rows and columns.
@@ -299,24 +338,32 @@ fn linear(call: &Call, _: &mut Scratch) -> Result<()> {
     })
 }
 
-/// Rotary embedding, writing keys and values to their pages, attention over the pages, quantisation.
-/// Input: the fused QKV projection, `[rows, heads + 2 * kv_heads, head_size]`.
+/// Head norms where the model has them, rotary embedding, writing keys and values to their pages, attention
+/// over the pages, quantisation. Inputs: the fused QKV projection, `[rows, heads + 2 * kv_heads, head_size]`,
+/// then perhaps the norms' weights for queries and for keys.
 fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
     let (rows, qkv_width, projected) = call.input::<f32>(0)?;
     let layer = call.index;
-    let Shared { step, cache, params, angles, .. } = call.shared;
+    let head_norms = if call.inputs > 1 { Some((call.input::<f32>(1)?.2, call.input::<f32>(2)?.2)) } else { None };
+    let Shared { step, cache, params, .. } = call.shared;
     let step = step.read();
+    let window = params.window(layer);
+    let angles = if window.is_some() { &call.shared.window_angles } else { &call.shared.angles };
+    let rotate = match params.rope_pairs {
+        RopePairs::Neighbours => rows::rotate_pairs,
+        RopePairs::Halves => rows::rotate_halves,
+    };
     if step.rows.len() != rows {
         return Err(ort::Error::new("the step and its tensors have different numbers of rows"));
     }
-    let (size, width, kv_width) = (params.head_size, params.width, params.kv_width());
+    let (size, width, kv_width) = (params.head_size, params.query_width(), params.kv_width());
     let shared_by = params.heads / params.kv_heads;
     let block_tokens = cache.shape.block_tokens;
     let quantized = call.quantized(rows, width)?;
 
     scratch.floats.resize(rows * qkv_width, 0.0);
     let qkv = Out::over(&mut scratch.floats, qkv_width);
-    let query_factor = 1.0 / (size as f32).sqrt();
+    let epsilon = params.norm_epsilon;
     call.each(rows, 3 * qkv_width, |r| {
         let place = step.rows[r];
         let position = place.position as usize;
@@ -327,8 +374,12 @@ fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
             let angles = &angles[position * size..][..size];
             let (queries, rest) = row.split_at_mut(width);
             let (keys, values) = rest.split_at_mut(kv_width);
-            queries.chunks_exact_mut(size).for_each(|head| rows::rotate_pairs(head, angles, query_factor));
-            keys.chunks_exact_mut(size).for_each(|head| rows::rotate_pairs(head, angles, 1.0));
+            if let Some((query_norm, key_norm)) = head_norms {
+                queries.chunks_exact_mut(size).for_each(|head| rows::norm(head, query_norm, epsilon));
+                keys.chunks_exact_mut(size).for_each(|head| rows::norm(head, key_norm, epsilon));
+            }
+            queries.chunks_exact_mut(size).for_each(|head| rotate(head, angles, params.query_factor));
+            keys.chunks_exact_mut(size).for_each(|head| rotate(head, angles, 1.0));
             let block = step.blocks_of(place.sequence)[position / block_tokens];
             let heads = keys.chunks_exact(size).zip(values.chunks_exact(size));
             for (head, (key, value)) in heads.enumerate() {
@@ -340,7 +391,12 @@ fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
     scratch.more_floats.resize(rows * width, 0.0);
     let mixed = Out::over(&mut scratch.more_floats, size);
     let qkv = &scratch.floats[..rows * qkv_width];
-    let tokens: usize = step.tiles.iter().map(|t| step.rows[t.first_row].position as usize * t.rows).sum();
+    let seen = |row: usize| {
+        let to = step.rows[row].position as usize + 1;
+        Span { from: to.saturating_sub(window.unwrap_or(to)), to }
+    };
+    let tokens = step.tiles.iter().map(|t| (seen(t.first_row), t.rows));
+    let tokens: usize = tokens.map(|(span, rows)| (span.to - span.from) * rows).sum();
     let pieces = step.tiles.len() * params.kv_heads;
     call.each(pieces, tokens * width / pieces.max(1), |piece| {
         let (tile, kv_head) = (step.tiles[piece / params.kv_heads], piece % params.kv_heads);
@@ -349,14 +405,14 @@ fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
         let count = tile.rows * shared_by;
         let mut queries = [0f32; TILE_FLOATS];
         let mut out = [0f32; TILE_FLOATS];
-        let mut visible = [0usize; TILE_QUERIES];
+        let mut visible = [Span::default(); TILE_QUERIES];
         assert!(count <= TILE_QUERIES && count * size <= TILE_FLOATS);
         for i in 0..tile.rows {
             let row = tile.first_row + i;
             let from = row * qkv_width + kv_head * shared_by * size;
             let heads = shared_by * size;
             queries[i * heads..][..heads].copy_from_slice(&qkv[from..][..heads]);
-            visible[i * shared_by..][..shared_by].fill(step.rows[row].position as usize + 1);
+            visible[i * shared_by..][..shared_by].fill(seen(row));
         }
         attend(pages, &queries[..count * size], &visible[..count], &mut out[..count * size]);
         for i in 0..count {
@@ -376,7 +432,7 @@ fn attention(call: &Call, scratch: &mut Scratch) -> Result<()> {
 }
 
 /// Whether attention's tiles can hold the model's heads.
-pub fn fits(params: &LlamaParams) -> bool {
+pub fn fits(params: &ModelParams) -> bool {
     let queries = TILE_ROWS_MAX * (params.heads / params.kv_heads);
     queries <= TILE_QUERIES && queries * params.head_size <= TILE_FLOATS
 }

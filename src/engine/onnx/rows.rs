@@ -9,15 +9,7 @@ use crate::{
 multiversion! {
     /// Root mean square normalisation, then quantisation in blocks; see [`quantize`].
     pub fn norm_quantize(x: &[f32], weights: &[f32], epsilon: f32, quants: &mut [i8], scales: &mut [f32]) {
-        let mut squares = [0f32; 16];
-        let (chunks, rest) = x.as_chunks::<16>();
-        for chunk in chunks {
-            for (sum, x) in squares.iter_mut().zip(chunk) {
-                *sum = mul_add::<FMA>(*x, *x, *sum);
-            }
-        }
-        let sum = squares.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>();
-        let inverse = 1.0 / (sum / x.len() as f32 + epsilon).sqrt();
+        let inverse = inverse_root::<FMA>(x, epsilon);
         let x = x.as_chunks::<BLOCK>().0.iter().zip(weights.as_chunks::<BLOCK>().0);
         let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
         for ((x, weights), (quants, scales)) in x.zip(out) {
@@ -25,7 +17,41 @@ multiversion! {
             for i in 0..BLOCK {
                 block[i] = x[i] * inverse * weights[i];
             }
-            *scales = quantize_block(&block, quants);
+            *scales = quantize_block::<FMA>(&block, quants);
+        }
+    }
+}
+
+/// `1 / sqrt(mean of squares + epsilon)`
+#[inline(always)]
+fn inverse_root<const FMA: bool>(x: &[f32], epsilon: f32) -> f32 {
+    let mut squares = [0f32; 16];
+    let (chunks, rest) = x.as_chunks::<16>();
+    for chunk in chunks {
+        for (sum, x) in squares.iter_mut().zip(chunk) {
+            *sum = mul_add::<FMA>(*x, *x, *sum);
+        }
+    }
+    let sum = squares.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>();
+    1.0 / (sum / x.len() as f32 + epsilon).sqrt()
+}
+
+multiversion! {
+    /// Root mean square normalisation in place.
+    pub fn norm(x: &mut [f32], weights: &[f32], epsilon: f32) {
+        let inverse = inverse_root::<FMA>(x, epsilon);
+        for (x, weight) in x.iter_mut().zip(weights) {
+            *x = *x * inverse * weight;
+        }
+    }
+}
+
+multiversion! {
+    /// The residual stream plus what was normalised on its way there: `out = norm(x) + residual`.
+    pub fn norm_add(x: &[f32], weights: &[f32], epsilon: f32, residual: &[f32], out: &mut [f32]) {
+        let inverse = inverse_root::<FMA>(x, epsilon);
+        for (((out, x), weight), residual) in out.iter_mut().zip(x).zip(weights).zip(residual) {
+            *out = x * inverse * weight + residual;
         }
     }
 }
@@ -34,36 +60,84 @@ multiversion! {
     /// Symmetric quantisation to 8 bits in blocks of 32. `scales` gets two numbers a block: its scale, and
     /// that times the sum of its quants. A block with an infinity or a NaN gets a NaN for its scale.
     pub fn quantize(x: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-        let _ = FMA;
         let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
         for (block, (quants, scales)) in x.as_chunks::<BLOCK>().0.iter().zip(out) {
-            *scales = quantize_block(block, quants);
+            *scales = quantize_block::<FMA>(block, quants);
         }
     }
 }
 
 #[inline(always)]
-fn quantize_block(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [f32; 2] {
-    let mut largest = [0f32; 8];
-    let mut poison = [0f32; 8];
-    for chunk in x.as_chunks::<8>().0 {
-        for i in 0..8 {
-            largest[i] = if chunk[i].abs() > largest[i] { chunk[i].abs() } else { largest[i] };
-            // 0 for every number, NaN for all else, which no comparison would find.
-            poison[i] += chunk[i] * 0.0;
-        }
+fn quantize_block<const AVX2: bool>(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [f32; 2] {
+    #[cfg(target_arch = "x86_64")]
+    if AVX2 {
+        // SAFETY: `multiversion` sets it where the machine has AVX2.
+        return unsafe { quantize_block_avx2(x, quants) };
     }
-    let largest = largest.into_iter().fold(1e-30, |a: f32, b| if b > a { b } else { a });
+    quantize_block_plain(x, quants)
+}
+
+fn quantize_block_plain(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [f32; 2] {
+    let largest = x.iter().fold(LARGEST_MIN, |most: f32, x| if x.abs() > most { x.abs() } else { most });
     let inverse = 127.0 / largest;
     let mut sum = 0i32;
     for (q, x) in quants.iter_mut().zip(x) {
-        let n = (x * inverse).round_ties_even().clamp(-127.0, 127.0);
-        // SAFETY: clamped to -127..=127, and a NaN is replaced; the scale tells of it.
-        let n = if n.is_nan() { 0 } else { unsafe { n.to_int_unchecked::<i32>() } };
-        sum += n;
-        *q = n as i8;
+        *q = (x * inverse).round_ties_even() as i8;
+        sum += i32::from(*q);
     }
-    let scale = largest / 127.0 + poison.into_iter().sum::<f32>();
+    let scale = if x.iter().all(|x| x.is_finite()) { largest / 127.0 } else { f32::NAN };
+    [scale, scale * sum as f32]
+}
+
+/// Keeps the scale of a block of zeros a number.
+const LARGEST_MIN: f32 = 1e-30;
+
+/// The same, by the same operations; the quants of a block that gets no scale may differ.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2")]
+fn quantize_block_avx2(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [f32; 2] {
+    use std::arch::x86_64::{
+        _CMP_LT_OQ, _mm_add_epi32, _mm_cvtsi128_si32, _mm_cvtss_f32, _mm_max_ps, _mm_movehl_ps, _mm_shuffle_epi32,
+        _mm_shuffle_ps, _mm256_add_epi32, _mm256_and_ps, _mm256_andnot_ps, _mm256_castps256_ps128,
+        _mm256_castsi256_si128, _mm256_cmp_ps, _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256,
+        _mm256_loadu_ps, _mm256_max_ps, _mm256_movemask_ps, _mm256_mul_ps, _mm256_packs_epi16, _mm256_packs_epi32,
+        _mm256_permutevar8x32_epi32, _mm256_set_epi32, _mm256_set1_ps, _mm256_setzero_si256, _mm256_storeu_si256,
+    };
+    let (sign, infinity) = (_mm256_set1_ps(-0.0), _mm256_set1_ps(f32::INFINITY));
+    let mut most = _mm256_set1_ps(LARGEST_MIN);
+    let mut is_finite = _mm256_cmp_ps::<_CMP_LT_OQ>(sign, infinity);
+    let mut part = [_mm256_set1_ps(0.0); 4];
+    for i in 0..4 {
+        // SAFETY: eight numbers of the thirty-two.
+        part[i] = unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) };
+        let magnitude = _mm256_andnot_ps(sign, part[i]);
+        is_finite = _mm256_and_ps(is_finite, _mm256_cmp_ps::<_CMP_LT_OQ>(magnitude, infinity));
+        // Of a NaN and a number, the second operand.
+        most = _mm256_max_ps(magnitude, most);
+    }
+    let most = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps::<1>(most));
+    let most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    let largest = _mm_cvtss_f32(_mm_max_ps(most, _mm_shuffle_ps::<1>(most, most)));
+    let inverse = _mm256_set1_ps(127.0 / largest);
+    let mut whole = [_mm256_setzero_si256(); 4];
+    let mut sums = _mm256_setzero_si256();
+    for i in 0..4 {
+        // Rounds to even, as no other part of the program tells the processor otherwise.
+        whole[i] = _mm256_cvtps_epi32(_mm256_mul_ps(part[i], inverse));
+        sums = _mm256_add_epi32(sums, whole[i]);
+    }
+    // Packing works in each half of a vector by itself, which the permutation undoes.
+    let low = _mm256_packs_epi32(whole[0], whole[1]);
+    let high = _mm256_packs_epi32(whole[2], whole[3]);
+    let order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    // SAFETY: thirty-two bytes.
+    unsafe { _mm256_storeu_si256(quants.as_mut_ptr().cast(), bytes) };
+    let sum = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+    let sum = _mm_add_epi32(sum, _mm_shuffle_epi32::<0b00_00_11_10>(sum));
+    let sum = _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32::<1>(sum)));
+    let scale = if _mm256_movemask_ps(is_finite) == 0xff { largest / 127.0 } else { f32::NAN };
     [scale, scale * sum as f32]
 }
 
@@ -71,16 +145,33 @@ multiversion! {
     /// `silu(gate) * up`, then quantisation in blocks; see [`quantize`]. `both` has the gate first, then the
     /// up projection.
     pub fn silu_mul_quantize(both: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-        let (gates, ups) = both.split_at(both.len() / 2);
-        let both = gates.as_chunks::<BLOCK>().0.iter().zip(ups.as_chunks::<BLOCK>().0);
-        let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
-        for ((gates, ups), (quants, scales)) in both.zip(out) {
-            let mut block = [0f32; BLOCK];
-            for i in 0..BLOCK {
-                block[i] = gates[i] / (1.0 + exp::<FMA>(-gates[i])) * ups[i];
-            }
-            *scales = quantize_block(&block, quants);
+        gated::<FMA>(both, quants, scales, |gate| gate / (1.0 + exp::<FMA>(-gate)));
+    }
+}
+
+multiversion! {
+    /// The same with GELU, as approximated by tanh.
+    pub fn gelu_mul_quantize(both: &[f32], quants: &mut [i8], scales: &mut [f32]) {
+        // `(1 + tanh(a)) / 2` is `1 / (1 + e^-2a)`; the factor is -2 times the root of 2 / pi.
+        const FACTOR: f32 = -1.595_769_1;
+        gated::<FMA>(both, quants, scales, |gate| {
+            let cubic = mul_add::<FMA>(gate * gate * 0.044_715, gate, gate);
+            gate / (1.0 + exp::<FMA>(FACTOR * cubic))
+        });
+    }
+}
+
+#[inline(always)]
+fn gated<const AVX2: bool>(both: &[f32], quants: &mut [i8], scales: &mut [f32], activation: impl Fn(f32) -> f32) {
+    let (gates, ups) = both.split_at(both.len() / 2);
+    let both = gates.as_chunks::<BLOCK>().0.iter().zip(ups.as_chunks::<BLOCK>().0);
+    let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
+    for ((gates, ups), (quants, scales)) in both.zip(out) {
+        let mut block = [0f32; BLOCK];
+        for i in 0..BLOCK {
+            block[i] = activation(gates[i]) * ups[i];
         }
+        *scales = quantize_block::<AVX2>(&block, quants);
     }
 }
 
@@ -98,8 +189,22 @@ multiversion! {
     }
 }
 
+multiversion! {
+    /// The same for pairs that stand half a head apart.
+    pub fn rotate_halves(x: &mut [f32], angles: &[f32], factor: f32) {
+        let _ = FMA;
+        let (cosines, sines) = angles.split_at(angles.len() / 2);
+        let (low, high) = x.split_at_mut(x.len() / 2);
+        for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cosines).zip(sines) {
+            (*a, *b) = ((*a * cos - *b * sin) * factor, (*a * sin + *b * cos) * factor);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn back(quants: &[i8], scales: &[f32]) -> Vec<f32> {
@@ -118,6 +223,22 @@ mod tests {
         assert_eq!(s[3], s[2] * sum as f32);
     }
 
+    proptest! {
+        #[test]
+        fn quantisation_has_the_same_bits_on_any_machine(
+            x in prop::array::uniform32(prop_oneof![-9.0f32..9.0, Just(0.0), prop::num::f32::ANY]),
+        ) {
+            let (mut fast, mut plain) = ([0; BLOCK], [0; BLOCK]);
+            let mut scales = [0.0; 2];
+            quantize(&x, &mut fast, &mut scales);
+            let expected = quantize_block_plain(&x, &mut plain);
+            prop_assert_eq!(scales.map(f32::is_nan), expected.map(f32::is_nan));
+            if !expected[0].is_nan() {
+                prop_assert_eq!((fast, scales), (plain, expected));
+            }
+        }
+    }
+
     #[test]
     fn what_is_no_number_is_seen_in_its_block_s_scale_and_in_no_other() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
@@ -127,6 +248,47 @@ mod tests {
             quantize(&x, &mut q, &mut s);
             assert!(s[2].is_nan() && s[0].is_finite() && s[4].is_finite());
         }
+    }
+
+    #[test]
+    fn gelu_times_up_is_what_it_says_and_does_not_overflow() {
+        let mut both: Vec<f32> = (0..128).map(|i| ((i * 37 % 101) as f32 - 50.0) * 0.05).collect();
+        let (mut q, mut s) = (vec![0; 64], vec![0.0; 4]);
+        gelu_mul_quantize(&both, &mut q, &mut s);
+        for (i, y) in back(&q, &s).iter().enumerate() {
+            let (g, u) = (f64::from(both[i]), both[i + 64]);
+            let gelu = 0.5 * g * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (g + 0.044715 * g * g * g)).tanh());
+            assert!((y - gelu as f32 * u).abs() < 0.03, "{i}");
+        }
+        both[..32].fill(1e30);
+        both[32..64].fill(-1e30);
+        both[64..].fill(1.0);
+        gelu_mul_quantize(&both, &mut q, &mut s);
+        assert!(back(&q, &s)[..32].iter().all(|y| (y / 1e30 - 1.0).abs() < 0.01));
+        assert!(back(&q, &s)[32..].iter().all(|y| y.abs() < 1e-6));
+    }
+
+    #[test]
+    fn a_norm_on_its_way_to_the_residual_is_the_norm_and_the_sum() {
+        let x: Vec<f32> = (0..40).map(|i| (i * 7 % 11) as f32 - 5.0).collect();
+        let weights: Vec<f32> = (0..40).map(|i| 0.5 + i as f32 / 20.0).collect();
+        let residual: Vec<f32> = (0..40).map(|i| (i * 5 % 13) as f32).collect();
+        let root = (x.iter().map(|x| x * x).sum::<f32>() / 40.0 + 1e-6).sqrt();
+        let (mut alone, mut sum) = (x.clone(), vec![0.0; 40]);
+        norm(&mut alone, &weights, 1e-6);
+        norm_add(&x, &weights, 1e-6, &residual, &mut sum);
+        for i in 0..40 {
+            assert!((alone[i] - x[i] / root * weights[i]).abs() < 1e-5);
+            assert_eq!(sum[i], alone[i] + residual[i]);
+        }
+    }
+
+    #[test]
+    fn a_rotation_turns_pairs_of_halves_by_their_angles() {
+        let mut x = [1.0, 2.0, 3.0, 4.0];
+        let (sin, cos) = 0.3f32.sin_cos();
+        rotate_halves(&mut x, &[cos, 1.0, sin, 0.0], 2.0);
+        assert_eq!(x, [2.0 * (cos - 3.0 * sin), 4.0, 2.0 * (sin + 3.0 * cos), 8.0]);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use parking_lot::Mutex;
 
 use super::linear::Linear;
-use crate::model::{GgufError, ModelFile};
+use crate::model::{GgufError, ModelFile, ModelParams};
 
 /// Everything that the served graph is given beside the step's rows, by name.
 pub struct Weights {
@@ -51,24 +51,38 @@ fn layer(file: &ModelFile, layer: usize) -> Result<Weights, GgufError> {
         let parts: Vec<_> = parts.iter().map(|(part, outputs)| (part.as_str(), *outputs)).collect();
         Ok::<_, GgufError>((format!("l{layer}.{name}"), Linear::pack(&file.gguf, &parts, inputs)?))
     };
+    let mut norms = Vec::new();
+    for (part, width) in norms_of(p) {
+        norms.push((format!("l{layer}.{part}"), norm(file, &tensor(part), width)?));
+    }
+    let qkv = [("attn_q", p.query_width()), ("attn_k", p.kv_width()), ("attn_v", p.kv_width())];
     Ok(Weights {
         linears: vec![
-            linear("qkv", p.width, &[("attn_q", p.width), ("attn_k", p.kv_width()), ("attn_v", p.kv_width())])?,
-            linear("o", p.width, &[("attn_output", p.width)])?,
+            linear("qkv", p.width, &qkv)?,
+            linear("o", p.query_width(), &[("attn_output", p.width)])?,
             linear("gate_up", p.width, &[("ffn_gate", p.ffn_width), ("ffn_up", p.ffn_width)])?,
             linear("down", p.ffn_width, &[("ffn_down", p.width)])?,
         ],
-        norms: vec![
-            (format!("l{layer}.attn_norm"), norm(file, &tensor("attn_norm"))?),
-            (format!("l{layer}.ffn_norm"), norm(file, &tensor("ffn_norm"))?),
-        ],
+        norms,
     })
+}
+
+/// Norms of one layer, with their widths.
+fn norms_of(p: &ModelParams) -> Vec<(&'static str, usize)> {
+    let mut norms = vec![("attn_norm", p.width), ("ffn_norm", p.width)];
+    if p.has_head_norms {
+        norms.extend([("attn_q_norm", p.head_size), ("attn_k_norm", p.head_size)]);
+    }
+    if p.has_post_norms {
+        norms.extend([("post_attention_norm", p.width), ("post_ffw_norm", p.width)]);
+    }
+    norms
 }
 
 fn head(file: &ModelFile) -> Result<Weights, GgufError> {
     let p = &file.params;
     let head = Linear::pack(&file.gguf, &[(head_tensor(file), p.vocabulary)], p.width)?;
-    let norms = vec![("head.norm".to_owned(), norm(file, "output_norm.weight")?)];
+    let norms = vec![("head.norm".to_owned(), norm(file, "output_norm.weight", p.width)?)];
     Ok(Weights { linears: vec![("head".to_owned(), head)], norms })
 }
 
@@ -87,11 +101,11 @@ pub fn dense(file: &ModelFile, name: &str, inputs: usize, outputs: usize) -> Res
     file.gguf.dequantize(name)
 }
 
-pub fn norm(file: &ModelFile, name: &str) -> Result<Vec<f32>, GgufError> {
-    let width = file.params.width as u64;
+/// The weights of a norm over `width` numbers.
+pub fn norm(file: &ModelFile, name: &str, width: usize) -> Result<Vec<f32>, GgufError> {
     let found = &file.gguf.tensor(name)?.dims;
-    if *found != [width] {
-        return Err(GgufError::WrongShape { name: name.into(), found: found.clone(), expected: vec![width] });
+    if *found != [width as u64] {
+        return Err(GgufError::WrongShape { name: name.into(), found: found.clone(), expected: vec![width as u64] });
     }
     file.gguf.dequantize(name)
 }

@@ -27,6 +27,14 @@ pub fn model() -> Arc<ModelFile> {
     Arc::clone(MODEL.get_or_init(|| ModelFile::open(&model_path()).expect("the model file is sound")))
 }
 
+/// Gemma 3 270M, a base model: fetched for the tests alone.
+pub fn gemma() -> Arc<ModelFile> {
+    static MODEL: OnceLock<Arc<ModelFile>> = OnceLock::new();
+    let path = data_dir().join("models/gemma-3-270m-q4_k_m.gguf");
+    assert!(path.exists(), "{} is missing: run `make test`, which fetches it", path.display());
+    Arc::clone(MODEL.get_or_init(|| ModelFile::open(&path).expect("the model file is sound")))
+}
+
 pub fn runtime() -> OnnxRuntime {
     let library = OnnxRuntime::find_library(Path::new(""), &data_dir());
     let options = RuntimeOptions { library, threads: 2, spinning: false, providers: vec!["cpu".into()] };

@@ -1,0 +1,255 @@
+//! What the engine's scheduling does for speed, without HTTP: what a long prompt costs running streams, what
+//! a known prefix saves, what guessing ahead gains and loses. Prints figures and judges nothing.
+//!
+//! `cargo run --release --example engine-schedule [-- DATA_DIR]`
+
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use lightcone::{
+    domain::{ModelId, Priority, RequestId, SamplingParams},
+    engine::{
+        self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec, Speculation,
+        onnx::{OnnxRuntime, RuntimeOptions},
+    },
+    model::ModelFile,
+    prompt::Tokenizer,
+    telemetry::Metrics,
+};
+use tokio::sync::mpsc;
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+const WORDS: &str = "the a river stone bright old over under quick garden seven window letter song paper moon grey \
+                     boat winter field north table open slow copper voice road small bread lamp";
+
+struct Bench {
+    runtime: OnnxRuntime,
+    file: Arc<ModelFile>,
+    tokenizer: Tokenizer,
+    fresh: u64,
+}
+
+struct Running {
+    handle: EngineHandle,
+    events: mpsc::Receiver<EngineMessage>,
+}
+
+/// Arrival times of a request's pieces of text, and its tokens.
+#[derive(Default)]
+struct Heard {
+    at: Vec<Instant>,
+    tokens: u32,
+    ended: bool,
+}
+
+fn main() -> Outcome<()> {
+    let data_dir = PathBuf::from(std::env::args().nth(1).unwrap_or_else(|| ".lightcone".into()));
+    let threads = std::thread::available_parallelism()?.get();
+    let library = OnnxRuntime::find_library("".as_ref(), &data_dir);
+    let options = RuntimeOptions { library, threads, spinning: true, providers: vec!["cpu".into()] };
+    let file = ModelFile::open(&data_dir.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))?;
+    let tokenizer = Tokenizer::new(Arc::clone(&file.vocabulary))?;
+    let mut bench = Bench { runtime: OnnxRuntime::start(options)?, file, tokenizer, fresh: 0 };
+    for streams in [1, 4, 16] {
+        bench.long_prompt(streams)?;
+    }
+    bench.known_prefix()?;
+    bench.common_prefix()?;
+    bench.guesses()
+}
+
+impl Bench {
+    fn start(&self, speculation: Speculation, prefix_cache: bool) -> Outcome<Running> {
+        let (sink, events) = mpsc::channel(64);
+        let spec = EngineSpec {
+            model: ModelId::from("bench"),
+            file: Arc::clone(&self.file),
+            backend: Backend::Onnx(self.runtime.clone()),
+            context_tokens_max: 8192,
+            sequences_max: 32,
+            step_tokens_max: 64,
+            kv_block_tokens: 16,
+            kv_memory_bytes: 512 << 20,
+            prefix_cache,
+            speculation,
+        };
+        Ok(Running { handle: engine::spawn(spec, sink, Arc::new(Metrics::new()))?, events })
+    }
+
+    /// Text that has not been used before.
+    fn text(&mut self, words: usize) -> String {
+        let list: Vec<&str> = WORDS.split_whitespace().collect();
+        let mut text = String::new();
+        for _ in 0..words {
+            self.fresh = self.fresh.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            text += list[(self.fresh >> 33) as usize % list.len()];
+            text.push(' ');
+        }
+        text
+    }
+
+    fn request(&self, id: &str, text: &str, output_tokens_max: u32) -> Outcome<EngineRequest> {
+        let prompt = format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");
+        Ok(EngineRequest {
+            request: RequestId::from(id),
+            prompt: self.tokenizer.encode(&prompt, true)?,
+            output_tokens_max,
+            sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 },
+            stop: vec![],
+            ignore_eos: true,
+            priority: Priority::Normal,
+            lane: "bench".into(),
+            cache_salt: vec![],
+        })
+    }
+
+    /// Streams run; then a prompt of about 4,000 tokens comes.
+    fn long_prompt(&mut self, streams: usize) -> Outcome<()> {
+        let mut running = self.start(Speculation::Off, true)?;
+        let mut all = BTreeMap::new();
+        for i in 0..streams {
+            let text = self.text(40);
+            running.handle.submit(self.request(&format!("s{i}"), &text, 3000)?)?;
+        }
+        running.listen_for(&mut all, Duration::from_secs(5), |_| false)?;
+        let long = self.text(3960);
+        let (submitted, request) = (Instant::now(), self.request("long", &long, 1)?);
+        let tokens = request.prompt.len();
+        running.handle.submit(request)?;
+        let has_ended = |all: &BTreeMap<String, Heard>| all.get("long").is_some_and(|heard| heard.ended);
+        running.listen_for(&mut all, Duration::from_secs(180), has_ended)?;
+        let first = submitted.elapsed();
+        let gaps = |all: &BTreeMap<String, Heard>, from: Instant, to: Instant| {
+            let streams = all.iter().filter(|(id, _)| *id != "long");
+            let pairs = streams.flat_map(|(_, heard)| heard.at.windows(2).map(|pair| (pair[0], pair[1])));
+            let within = pairs.filter(|(a, b)| *a >= from && *b <= to);
+            let mut ms: Vec<f64> = within.map(|(a, b)| (b - a).as_secs_f64() * 1e3).collect();
+            ms.sort_by(f64::total_cmp);
+            ms
+        };
+        // The first second is for streams that begin.
+        let alone = gaps(&all, submitted - Duration::from_secs(4), submitted);
+        let beside = gaps(&all, submitted, submitted + first);
+        println!(
+            "{streams:2} streams, then a prompt of {tokens} tokens (first token after {:.1} s): between tokens, in ms, \
+             p50 {:.1} -> {:.1}, p99 {:.1} -> {:.1} ({:.2} times)",
+            first.as_secs_f64(),
+            at(&alone, 0.5),
+            at(&beside, 0.5),
+            at(&alone, 0.99),
+            at(&beside, 0.99),
+            at(&beside, 0.99) / at(&alone, 0.99)
+        );
+        Ok(())
+    }
+
+    fn known_prefix(&mut self) -> Outcome<()> {
+        let mut running = self.start(Speculation::Off, true)?;
+        let mut ratios = Vec::new();
+        for _ in 0..5 {
+            let common = self.text(480);
+            let mut times = Vec::new();
+            for turn in ["first", "second"] {
+                let text = format!("{common} {}", self.text(8));
+                let started = Instant::now();
+                running.handle.submit(self.request(turn, &text, 1)?)?;
+                let mut all = BTreeMap::new();
+                running.listen_for(&mut all, Duration::from_secs(60), |all| all.values().any(|heard| heard.ended))?;
+                times.push(started.elapsed().as_secs_f64() * 1e3);
+            }
+            ratios.push(times[1] / times[0]);
+            println!("a prefix of some 500 tokens: first token after {:.0} ms, then {:.0} ms", times[0], times[1]);
+        }
+        ratios.sort_by(f64::total_cmp);
+        println!("  median {:.0}%", ratios[2] * 100.0);
+        Ok(())
+    }
+
+    fn common_prefix(&mut self) -> Outcome<()> {
+        for prefix_cache in [false, true] {
+            let mut running = self.start(Speculation::Off, prefix_cache)?;
+            let common = self.text(450);
+            let started = Instant::now();
+            for i in 0..12 {
+                let text = format!("{common} {}", self.text(8));
+                running.handle.submit(self.request(&i.to_string(), &text, 32)?)?;
+            }
+            let mut all = BTreeMap::new();
+            let done = |all: &BTreeMap<String, Heard>| all.values().filter(|heard| heard.ended).count() == 12;
+            running.listen_for(&mut all, Duration::from_secs(120), done)?;
+            let tokens: u32 = all.values().map(|heard| heard.tokens).sum();
+            let rate = f64::from(tokens) / started.elapsed().as_secs_f64();
+            println!("12 requests at once with one prefix, shared: {prefix_cache}: {rate:.0} tokens/s");
+        }
+        Ok(())
+    }
+
+    /// One stream that copies and one that does not, with and without guessing, in turns.
+    fn guesses(&mut self) -> Outcome<()> {
+        let text = "Alice was beginning to get very tired of sitting by her sister on the bank, and of having \
+                    nothing to do. Once or twice she had peeped into the book her sister was reading, but it had no \
+                    pictures or conversations in it, and what is the use of a book, thought Alice, without pictures \
+                    or conversations? So she was considering in her own mind whether the pleasure of making a chain \
+                    of daisies would be worth the trouble of getting up and picking the daisies.";
+        let copy = format!("Rewrite this text, with the word sister changed to brother, and say nothing else:\n{text}");
+        let tasks = [("copy", copy), ("story", "Write a long story about a boat in winter.".to_owned())];
+        for (name, task) in tasks {
+            let mut rates = [Vec::new(), Vec::new()];
+            for round in 0..6 {
+                let speculation = [Speculation::Off, Speculation::Auto][round % 2];
+                let mut running = self.start(speculation, false)?;
+                running.handle.submit(self.request("r", &task, 120)?)?;
+                let mut all = BTreeMap::new();
+                running.listen_for(&mut all, Duration::from_secs(60), |all| all.values().any(|heard| heard.ended))?;
+                let heard = &all["r"];
+                let whole = *heard.at.last().ok_or("no text")? - heard.at[0];
+                rates[round % 2].push(f64::from(heard.tokens) / whole.as_secs_f64());
+            }
+            rates.iter_mut().for_each(|rates| rates.sort_by(f64::total_cmp));
+            let (without, with) = (rates[0][1], rates[1][1]);
+            println!("{name}: {without:.0} tokens/s, guessing {with:.0} ({:.2} times)", with / without);
+        }
+        Ok(())
+    }
+}
+
+impl Running {
+    /// Listens until `done`, or for at most `limit`.
+    fn listen_for(
+        &mut self,
+        all: &mut BTreeMap<String, Heard>,
+        limit: Duration,
+        done: impl Fn(&BTreeMap<String, Heard>) -> bool,
+    ) -> Outcome<()> {
+        let started = Instant::now();
+        while started.elapsed() < limit && !done(all) {
+            let Some(EngineMessage::Step(events)) = self.events.blocking_recv() else {
+                return Err("the engine died".into());
+            };
+            let now = Instant::now();
+            for event in events {
+                let heard = all.entry(event.request.to_string()).or_default();
+                match event.body {
+                    EngineEventBody::Delta { tokens, .. } => {
+                        heard.at.push(now);
+                        heard.tokens += tokens;
+                    }
+                    EngineEventBody::Finished { .. } => heard.ended = true,
+                    EngineEventBody::Failed { message } => return Err(message.into()),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn at(sorted: &[f64], share: f64) -> f64 {
+    let rank = ((sorted.len() as f64 * share).ceil() as usize).clamp(1, sorted.len().max(1)) - 1;
+    sorted.get(rank).copied().unwrap_or(f64::NAN)
+}

@@ -1,0 +1,442 @@
+//! The runner on a model that knows what should stand in every KV slot, and says so when it does not.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap},
+    hash::{DefaultHasher, Hash, Hasher},
+    rc::Rc,
+    sync::LazyLock,
+};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    domain::{Priority, SamplingParams, Usage},
+    engine::text::{Progress, TextAssembler},
+};
+
+const BLOCK: usize = 4;
+const WORDS: [&str; 12] = ["</s>", "a", "b", "c", " d", "e ", "f", "g", "h", "é", "j", "kk"];
+/// A prompt that holds it makes the model compute what is no number.
+const POISON: u32 = 11;
+
+/// What a slot holds after the token that ends `prefix`.
+fn mark(prefix: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    prefix.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// The model's opinion on what follows `tokens`: mostly a matter of the last two, so that its texts repeat
+/// themselves now and then.
+fn opinion(tokens: &[u32]) -> Vec<f32> {
+    let last = &tokens[tokens.len().saturating_sub(2)..];
+    let odd = mark(tokens).is_multiple_of(7);
+    let score = |token: u32| (mark(&[last, &[token, u32::from(odd)]].concat()) % 1000) as f32 / 150.0;
+    (0..WORDS.len() as u32).map(|token| score(token) - if token == 0 { 1.5 } else { 0.0 }).collect()
+}
+
+#[derive(Default)]
+struct Record {
+    /// How often a slot was computed for each prefix.
+    computed: HashMap<u64, usize>,
+    rows: Vec<usize>,
+}
+
+/// Keeps what is written to each slot and checks what is read.
+struct Witness {
+    slots: Vec<u64>,
+    logits: Vec<f32>,
+    record: Rc<RefCell<Record>>,
+}
+
+impl Forward for Witness {
+    fn vocabulary(&self) -> usize {
+        WORDS.len()
+    }
+
+    fn forward(&mut self, batch: &Batch) -> Result<&[f32], EngineError> {
+        let mut record = self.record.borrow_mut();
+        record.rows.push(batch.rows());
+        let slot = |s: &BatchSequence, position: usize| s.blocks[position / BLOCK] as usize * BLOCK + position % BLOCK;
+        for (i, s) in batch.sequences.iter().enumerate() {
+            let end = s.computed + s.rows;
+            assert!(s.rows > 0 && end <= s.tokens.len() && s.logits_rows <= s.rows);
+            for position in s.computed..end {
+                let block = s.blocks[position / BLOCK];
+                let others = batch.sequences.iter().enumerate().filter(|(j, _)| *j != i);
+                assert!(others.clone().all(|(_, other)| !other.blocks.contains(&block)), "a shared block is written");
+                let mark = mark(&s.tokens[..=position]);
+                self.slots[slot(s, position)] = mark;
+                *record.computed.entry(mark).or_default() += 1;
+            }
+        }
+        self.logits.clear();
+        for s in &batch.sequences {
+            let end = s.computed + s.rows;
+            for position in 0..end {
+                assert_eq!(self.slots[slot(s, position)], mark(&s.tokens[..=position]), "a slot holds something else");
+            }
+            for position in end - s.logits_rows..end {
+                let known = &s.tokens[..=position];
+                self.logits.extend(opinion(known));
+                if known[..s.prompt_tokens].contains(&POISON) {
+                    *self.logits.last_mut().unwrap() = f32::NAN;
+                }
+            }
+        }
+        Ok(&self.logits)
+    }
+}
+
+fn vocabulary() -> Arc<Vocabulary> {
+    Arc::new(Vocabulary::of_text(WORDS.map(str::to_owned).to_vec(), vec![0]))
+}
+
+fn settings() -> Settings {
+    Settings {
+        context_tokens_max: 80,
+        sequences_max: 4,
+        step_tokens_max: 16,
+        block_tokens: BLOCK,
+        prefix_cache: true,
+        speculation: Speculation::Off,
+    }
+}
+
+/// Stands still: no answer depends on the time, and no test does.
+fn clock() -> Instant {
+    static NOW: LazyLock<Instant> = LazyLock::new(Instant::now);
+    *NOW
+}
+
+fn runner(settings: Settings, blocks: usize) -> (Runner, Rc<RefCell<Record>>) {
+    let record = Rc::<RefCell<Record>>::default();
+    let witness = Witness { slots: vec![0; blocks * BLOCK], logits: Vec::new(), record: Rc::clone(&record) };
+    let metrics = Metrics::new();
+    let (gauges, counts) = (Gauges::new(&metrics, "test"), Counts::new(&metrics, "test"));
+    let shared = Arc::new(Shared::new(64));
+    (Runner::new(Box::new(witness), vocabulary(), blocks, settings, clock, shared, gauges, counts), record)
+}
+
+fn request(id: &str, prompt: &[u32], output_tokens_max: u32) -> EngineRequest {
+    EngineRequest {
+        request: id.into(),
+        prompt: prompt.to_vec(),
+        output_tokens_max,
+        sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 },
+        stop: vec![],
+        ignore_eos: true,
+        priority: Priority::Normal,
+        lane: "lane".into(),
+        cache_salt: vec![],
+    }
+}
+
+/// `count` tokens that say nothing twice soon.
+fn prompt(seed: u64, count: usize) -> Vec<u32> {
+    (0..count as u64).map(|i| 1 + (mark(&[seed as u32, i as u32]) % 10) as u32).collect()
+}
+
+/// The answer, token by token, without an engine.
+fn expected(request: &EngineRequest) -> (String, FinishReason, u32) {
+    let vocabulary = vocabulary();
+    let (mut tokens, mut said) = (request.prompt.clone(), String::new());
+    let mut text = TextAssembler::new(request.stop.clone());
+    let mut scratch = sampler::Scratch::default();
+    loop {
+        let token = sampler::sample(&opinion(&tokens), &request.sampling, tokens.len(), &mut scratch);
+        tokens.push(token);
+        let decoded = (tokens.len() - request.prompt.len()) as u32;
+        if token == 0 && !request.ignore_eos {
+            return (said + &text.finish(), FinishReason::Stop, decoded);
+        }
+        match text.push(vocabulary.bytes(token)) {
+            Progress::Stopped(last) => return (said + &last, FinishReason::Stop, decoded),
+            Progress::Text(more) => said += &more,
+        }
+        if decoded == request.output_tokens_max {
+            return (said + &text.finish(), FinishReason::Length, decoded);
+        }
+    }
+}
+
+#[derive(Default)]
+struct Heard {
+    texts: BTreeMap<String, String>,
+    ended: BTreeMap<String, Result<(FinishReason, Usage), String>>,
+}
+
+impl Heard {
+    fn listen(&mut self, runner: &mut Runner) {
+        for event in std::mem::take(&mut runner.events) {
+            let id = event.request.to_string();
+            assert!(!self.ended.contains_key(&id), "{id} speaks after its end");
+            match event.body {
+                EngineEventBody::Delta { text, .. } => *self.texts.entry(id).or_default() += &text,
+                EngineEventBody::Finished { reason, usage } => drop(self.ended.insert(id, Ok((reason, usage)))),
+                EngineEventBody::Failed { message } => drop(self.ended.insert(id, Err(message))),
+            }
+        }
+    }
+
+    fn usage(&self, id: &str) -> Usage {
+        self.ended[id].as_ref().unwrap().1
+    }
+
+    fn check(&self, request: &EngineRequest) {
+        let id = request.request.as_str();
+        let (text, reason, tokens) = expected(request);
+        let (got, usage) = self.ended[id].as_ref().unwrap();
+        let said = self.texts.get(id).map_or("", String::as_str);
+        if *got == FinishReason::Cancelled {
+            assert!(text.starts_with(said), "{id}: {said:?} does not begin {text:?}");
+            return;
+        }
+        assert_eq!((said, *got, usage.completion_tokens), (text.as_str(), reason, tokens), "{id}");
+        assert_eq!(usage.prompt_tokens as usize, request.prompt.len());
+        assert!(usage.cached_tokens < usage.prompt_tokens && usage.cached_tokens.is_multiple_of(BLOCK as u32));
+    }
+}
+
+fn submit(runner: &mut Runner, requests: &[EngineRequest]) {
+    runner.take_in(News { submitted: requests.to_vec().into(), ..News::default() });
+}
+
+fn cancel(runner: &mut Runner, id: &str) {
+    runner.take_in(News { cancelled: vec![id.into()], ..News::default() });
+}
+
+/// Steps until nothing is left.
+fn finish(runner: &mut Runner, heard: &mut Heard) {
+    for _ in 0..10_000 {
+        if runner.is_idle() {
+            heard.listen(runner);
+            assert_eq!(runner.pool.free(), runner.pool.total());
+            return;
+        }
+        runner.step().unwrap();
+        heard.listen(runner);
+    }
+    panic!("the runner does not get anywhere");
+}
+
+fn served(runner: &mut Runner, requests: &[EngineRequest]) -> Heard {
+    let mut heard = Heard::default();
+    submit(runner, requests);
+    finish(runner, &mut heard);
+    requests.iter().for_each(|request| heard.check(request));
+    heard
+}
+
+#[test]
+fn a_prefix_that_was_served_is_not_computed_again_and_is_told_to_the_block() {
+    let (mut runner, record) = runner(settings(), 60);
+    let first = request("first", &prompt(1, 22), 6);
+    assert_eq!(served(&mut runner, std::slice::from_ref(&first)).usage("first").cached_tokens, 0);
+    let computed: usize = record.borrow().rows.iter().sum();
+    // The same again: five full blocks of 22 tokens.
+    let again = request("again", &first.prompt, 6);
+    assert_eq!(served(&mut runner, &[again]).usage("again").cached_tokens, 20);
+    assert_eq!(record.borrow().rows.iter().sum::<usize>(), computed + 22 - 20 + 5);
+    // A prompt that is all there still computes its last block.
+    let short = request("short", &first.prompt[..20], 6);
+    assert_eq!(served(&mut runner, &[short]).usage("short").cached_tokens, 16);
+    // The next turn of the talk finds the answer as well.
+    let mut talk = first.prompt.clone();
+    let mut scratch = sampler::Scratch::default();
+    (0..5).for_each(|_| talk.push(sampler::sample(&opinion(&talk), &first.sampling, talk.len(), &mut scratch)));
+    talk.extend([3, 4, 5]);
+    assert_eq!(served(&mut runner, &[request("talk", &talk, 6)]).usage("talk").cached_tokens, 24);
+}
+
+#[test]
+fn another_lane_another_salt_and_a_cache_that_is_off_find_nothing() {
+    let first = request("first", &prompt(1, 22), 2);
+    let lane = EngineRequest { lane: "other".into(), ..request("lane", &first.prompt, 2) };
+    let salt = EngineRequest { cache_salt: b"salt".to_vec(), ..request("salt", &first.prompt, 2) };
+    let (mut on, _) = runner(settings(), 60);
+    served(&mut on, std::slice::from_ref(&first));
+    let heard = served(&mut on, &[lane, salt]);
+    assert_eq!((heard.usage("lane").cached_tokens, heard.usage("salt").cached_tokens), (0, 0));
+    let (mut off, _) = runner(Settings { prefix_cache: false, ..settings() }, 60);
+    let again = request("again", &first.prompt, 2);
+    let heard = served(&mut off, &[first, again]);
+    assert_eq!((heard.usage("first").cached_tokens, heard.usage("again").cached_tokens), (0, 0));
+}
+
+#[test]
+fn requests_that_come_together_compute_their_common_prefix_once() {
+    let (mut runner, record) = runner(settings(), 60);
+    let common = prompt(1, 40);
+    let requests: Vec<_> =
+        (0..4).map(|i| request(&i.to_string(), &[&common[..], &prompt(100 + i, 5)].concat(), 3)).collect();
+    let heard = served(&mut runner, &requests);
+    for end in 1..=common.len() {
+        assert_eq!(record.borrow().computed[&mark(&common[..end])], 1, "token {end}");
+    }
+    let cached: Vec<u32> = (0..4).map(|i| heard.usage(&i.to_string()).cached_tokens).collect();
+    assert_eq!(cached, [0, 40, 40, 40]);
+}
+
+#[test]
+fn when_the_one_that_computes_a_common_prefix_goes_another_goes_on_where_it_stood() {
+    let (mut runner, record) = runner(settings(), 60);
+    let common = prompt(1, 60);
+    let requests = [request("first", &common, 3), request("second", &common, 3)];
+    submit(&mut runner, &requests);
+    runner.step().unwrap();
+    runner.step().unwrap();
+    assert_eq!((runner.running.len(), runner.waiting.len()), (1, 1));
+    cancel(&mut runner, "first");
+    let mut heard = Heard::default();
+    finish(&mut runner, &mut heard);
+    heard.check(&requests[1]);
+    assert_eq!(heard.usage("second").cached_tokens, 32);
+    assert!(record.borrow().computed.values().all(|times| *times == 1));
+}
+
+#[test]
+fn nobody_waits_for_the_prefix_of_a_lower_class() {
+    let (mut runner, _) = runner(settings(), 60);
+    let common = prompt(1, 60);
+    let low = EngineRequest { priority: Priority::Low, ..request("low", &common, 3) };
+    let high = EngineRequest { priority: Priority::High, ..request("high", &common, 3) };
+    submit(&mut runner, &[low.clone()]);
+    runner.step().unwrap();
+    submit(&mut runner, &[high.clone()]);
+    runner.step().unwrap();
+    assert_eq!((runner.running.len(), runner.waiting.len()), (2, 0));
+    let mut heard = Heard::default();
+    finish(&mut runner, &mut heard);
+    heard.check(&low);
+    heard.check(&high);
+}
+
+#[test]
+fn a_cancelled_request_takes_no_part_in_the_next_step_wherever_it_was() {
+    let (mut runner, record) = runner(Settings { sequences_max: 1, ..settings() }, 60);
+    let requests = [request("runs", &prompt(1, 6), 40), request("waits", &prompt(2, 6), 40)];
+    submit(&mut runner, &requests);
+    (0..5).for_each(|_| runner.step().unwrap());
+    let mut heard = Heard::default();
+    let steps = record.borrow().rows.len();
+    cancel(&mut runner, "waits");
+    cancel(&mut runner, "runs");
+    cancel(&mut runner, "unknown");
+    finish(&mut runner, &mut heard);
+    assert_eq!(record.borrow().rows.len(), steps);
+    assert_eq!((heard.usage("runs").completion_tokens, heard.usage("waits").completion_tokens), (5, 0));
+    requests.iter().for_each(|request| heard.check(request));
+}
+
+#[test]
+fn what_is_no_number_fails_its_own_request_and_leaves_the_others_alone() {
+    let (mut runner, _) = runner(settings(), 60);
+    let good = request("good", &prompt(1, 9), 20);
+    submit(&mut runner, &[request("bad", &[1, 2, POISON, 3], 20), good.clone()]);
+    let mut heard = Heard::default();
+    finish(&mut runner, &mut heard);
+    assert!(heard.ended["bad"].is_err());
+    heard.check(&good);
+}
+
+#[test]
+fn right_guesses_save_steps_and_change_nothing_else() {
+    let requests: Vec<_> = (0..3).map(|i| request(&i.to_string(), &prompt(i, 6), 60)).collect();
+    let mut steps = Vec::new();
+    for speculation in [Speculation::Off, Speculation::Always] {
+        let (mut runner, record) = runner(Settings { speculation, step_tokens_max: 32, ..settings() }, 80);
+        served(&mut runner, &requests);
+        let (drafted, accepted) = (runner.counts.drafted_tokens.get(), runner.counts.accepted_draft_tokens.get());
+        assert_eq!(drafted > 0, speculation == Speculation::Always);
+        assert!(accepted <= drafted);
+        steps.push(record.borrow().rows.len());
+    }
+    assert!(steps[1] * 4 < steps[0] * 3, "{steps:?}");
+}
+
+#[test]
+fn an_answer_ends_inside_right_guesses_exactly_where_it_would_have_without() {
+    for ending in 0..40 {
+        let mut request = request("r", &prompt(ending, 6), 60);
+        match ending % 3 {
+            0 => request.output_tokens_max = 20 + ending as u32,
+            1 => {
+                // A stop string out of the middle of the answer.
+                let text = expected(&request).0;
+                let chars: Vec<char> = text.chars().collect();
+                request.stop = vec![chars[chars.len() / 2..][..4].iter().collect()];
+            }
+            _ => request.ignore_eos = false,
+        }
+        let (mut runner, _) = runner(Settings { speculation: Speculation::Always, ..settings() }, 80);
+        served(&mut runner, &[request]);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Act {
+    Submit { text: u8, prompt: usize, tail: u8, output: u32, temperature: f32, class: u8, lane: u8, eos: bool },
+    Cancel(usize),
+    Step(usize),
+}
+
+fn acts() -> impl Strategy<Value = Vec<Act>> {
+    let submit = (0u8..3, 1usize..40, 0u8..3, 1u32..30, 0u8..3, 0u8..3, 0u8..2, any::<bool>()).prop_map(
+        |(text, prompt, tail, output, temperature, class, lane, eos)| {
+            let temperature = f32::from(temperature) * 0.5;
+            Act::Submit { text, prompt, tail, output, temperature, class, lane, eos }
+        },
+    );
+    let act = prop_oneof![4 => submit, 1 => (0usize..20).prop_map(Act::Cancel), 4 => (1usize..12).prop_map(Act::Step)];
+    prop::collection::vec(act, 1..40)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn every_answer_is_the_one_that_a_machine_of_its_own_would_give(
+        acts in acts(),
+        blocks in 21usize..50,
+        sequences_max in 1usize..6,
+        step_tokens_max in 6usize..40,
+        prefix_cache: bool,
+        speculates: bool,
+    ) {
+        let speculation = if speculates { Speculation::Always } else { Speculation::Off };
+        let settings = Settings { sequences_max, step_tokens_max, prefix_cache, speculation, ..settings() };
+        let (mut runner, _) = runner(settings, blocks);
+        let mut heard = Heard::default();
+        let mut requests = Vec::new();
+        for act in acts {
+            match act {
+                Act::Submit { text, prompt: tokens, tail, output, temperature, class, lane, eos } => {
+                    let tokens = [prompt(text.into(), tokens), prompt(50 + u64::from(tail), usize::from(tail))].concat();
+                    let mut request = request(&requests.len().to_string(), &tokens, output);
+                    request.sampling.temperature = temperature;
+                    request.sampling.seed = requests.len() as u64;
+                    request.priority = [Priority::Low, Priority::Normal, Priority::High][usize::from(class)];
+                    request.lane = format!("lane {lane}").into();
+                    request.ignore_eos = !eos;
+                    submit(&mut runner, std::slice::from_ref(&request));
+                    requests.push(request);
+                }
+                Act::Cancel(at) => cancel(&mut runner, &at.to_string()),
+                Act::Step(count) => {
+                    for _ in 0..count {
+                        if !runner.is_idle() {
+                            runner.step().unwrap();
+                        }
+                    }
+                }
+            }
+            heard.listen(&mut runner);
+        }
+        finish(&mut runner, &mut heard);
+        prop_assert_eq!(heard.ended.len(), requests.len());
+        requests.iter().for_each(|request| heard.check(request));
+    }
+}
