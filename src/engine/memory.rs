@@ -2,6 +2,9 @@
 
 use crate::model::ModelFile;
 
+/// A session and its thread, beside what grows with the model; measured, and rounded up.
+const ENGINE_BYTES: u64 = 96 << 20;
+
 /// In bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryNeed {
@@ -21,11 +24,12 @@ impl MemoryNeed {
         let p = &file.params;
         // Of each row: the stream, Q, K and V with their products, gate and up with theirs, and what a node keeps
         // while the next one writes.
-        let row = 4 * (6 * p.width + 3 * (p.width + 2 * p.kv_width()) + 6 * p.ffn_width);
+        let row = 4 * (6 * p.width + 3 * (p.heads * p.head_size + 2 * p.kv_width()) + 6 * p.ffn_width);
         // In the tensor, and as the sampler sorts them.
         let logits = 2 * 4 * sequences * p.vocabulary;
         let angles = 4 * context_tokens * p.head_size;
-        Self { weights: weight_bytes(file), kv: kv_bytes as u64, work: (row * step_tokens + logits + angles) as u64 }
+        let work = (row * step_tokens + logits + angles) as u64 + ENGINE_BYTES;
+        Self { weights: weight_bytes(file), kv: kv_bytes as u64, work }
     }
 }
 

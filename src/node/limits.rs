@@ -112,8 +112,8 @@ impl Budget {
     }
 }
 
-/// The program, its libraries, its threads' stacks, and what the HTTP side may buffer.
-const PROCESS_BYTES: u64 = 160 * MIB;
+/// The program, its libraries, its threads' stacks, and what the HTTP side buffers; measured, and rounded up.
+const PROCESS_BYTES: u64 = 96 * MIB;
 
 /// The tightest memory limit of this process's control group and those above it. Version 2's unified tree, or
 /// version 1's controller of its own; no limit where there is none, or where it cannot be read.
@@ -188,8 +188,8 @@ mod tests {
         let budget = |mib| Budget { bytes: mib * MIB, name: "node.memory_max_mib" };
         budget(1400).check(&needs).unwrap();
         let error = budget(1300).check(&needs).unwrap_err().to_string();
-        let said = "1387 MiB of memory are needed and 1300 allowed (node.memory_max_mib): \
-                    a: weights 100, KV blocks 512, work 2; b: weights 100, KV blocks 512, work 2; the process 160.";
+        let said = "1323 MiB of memory are needed and 1300 allowed (node.memory_max_mib): \
+                    a: weights 100, KV blocks 512, work 2; b: weights 100, KV blocks 512, work 2; the process 96.";
         assert!(error.starts_with(said), "{error}");
     }
 
