@@ -141,8 +141,8 @@ mod tests {
                 let mut numbers = [0.0; 32];
                 dequantize(ty, &bytes, &mut numbers);
                 let block = exact(ty, &bytes);
-                for i in 0..32 {
-                    prop_assert!((value(&block, i) - numbers[i]).abs() <= 1e-3 * numbers[i].abs().max(1e-3), "{ty:?}");
+                for (i, number) in numbers.iter().enumerate() {
+                    prop_assert!((value(&block, i) - number).abs() <= 1e-3 * number.abs().max(1e-3), "{ty:?}");
                 }
             }
         }

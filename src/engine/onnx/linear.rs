@@ -188,9 +188,9 @@ impl Layout {
                     // SAFETY: within the target, by the caller's promise, and nobody else's.
                     let out = unsafe { std::slice::from_raw_parts_mut(target.data.add(at), panel.columns) };
                     let residual = target.residual.map(|residual| &residual[at..][..panel.columns]);
-                    match out.as_mut_array::<PANEL>() {
-                        Some(out) => write(out, sums, residual),
-                        None => write(out, sums, residual),
+                    match out.len() {
+                        PANEL => write(&mut out[..PANEL], sums, residual),
+                        _ => write(out, sums, residual),
                     }
                 }
                 row += done;

@@ -108,10 +108,10 @@ fn quantize_block_avx2(x: &[f32; BLOCK], quants: &mut [i8; BLOCK]) -> [f32; 2] {
     let mut most = _mm256_set1_ps(LARGEST_MIN);
     let mut is_finite = _mm256_cmp_ps::<_CMP_LT_OQ>(sign, infinity);
     let mut part = [_mm256_set1_ps(0.0); 4];
-    for i in 0..4 {
+    for (i, part) in part.iter_mut().enumerate() {
         // SAFETY: eight numbers of the thirty-two.
-        part[i] = unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) };
-        let magnitude = _mm256_andnot_ps(sign, part[i]);
+        *part = unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) };
+        let magnitude = _mm256_andnot_ps(sign, *part);
         is_finite = _mm256_and_ps(is_finite, _mm256_cmp_ps::<_CMP_LT_OQ>(magnitude, infinity));
         // Of a NaN and a number, the second operand.
         most = _mm256_max_ps(magnitude, most);
