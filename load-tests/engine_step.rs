@@ -7,7 +7,7 @@ use std::{error::Error, path::PathBuf, time::Instant};
 use lightcone::{
     engine::{
         Batch, BatchSequence, Forward,
-        onnx::{OnnxModel, OnnxRuntime, RuntimeOptions},
+        onnx::{OnnxModel, OnnxRuntime, Part, RuntimeOptions},
     },
     model::ModelFile,
 };
@@ -29,17 +29,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     let tokens: Vec<u32> = (0..2048).map(|i| 100 + i * 37 % 40_000).collect();
     for sequences in [1usize, 2, 4, 8, 16, 32] {
         let ms = median(24, || step(&mut model, &tokens, sequences, CONTEXT - 1, 1))?;
-        println!(
-            "decode  {sequences:3} sequences at {CONTEXT} tokens: {ms:7.2} ms a step, {:6.0} tokens/s",
-            sequences as f64 / ms * 1e3
-        );
+        let rate = sequences as f64 / ms * 1e3;
+        println!("decode  {sequences:3} sequences at {CONTEXT} tokens: {ms:7.2} ms a step, {rate:6.0} tokens/s");
+        println!("    {}", parts(&model));
     }
     for rows in [16usize, 32, 64, 128, 256] {
         let ms = median(8, || step(&mut model, &tokens, 1, 0, rows))?;
-        println!(
-            "prefill {rows:3} rows of one sequence:       {ms:7.2} ms a step, {:6.0} tokens/s",
-            rows as f64 / ms * 1e3
-        );
+        let rate = rows as f64 / ms * 1e3;
+        println!("prefill {rows:3} rows of one sequence:       {ms:7.2} ms a step, {rate:6.0} tokens/s");
+        println!("    {}", parts(&model));
     }
     Ok(())
 }
@@ -63,6 +61,13 @@ fn step(
     };
     model.forward(&Batch { sequences: (0..sequences).map(sequence).collect() })?;
     Ok(())
+}
+
+/// Which share of the steps went to which part of their work.
+fn parts(model: &OnnxModel) -> String {
+    let times = Part::ALL.map(|part| (part, model.take_time(part).as_secs_f64()));
+    let total: f64 = times.iter().map(|(_, seconds)| seconds).sum();
+    times.map(|(part, seconds)| format!("{part:?} {:.0}%", seconds / total * 100.0)).join(", ")
 }
 
 /// Milliseconds.

@@ -6,7 +6,7 @@
 use half::f16;
 use memmap2::MmapMut;
 
-use super::EngineError;
+use super::{EngineError, rows};
 use crate::model::ModelParams;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -71,18 +71,15 @@ impl KvCache {
         let page = self.page(layer, block, kv_head).cast_mut();
         // SAFETY: the page has `2 * head_size * block_tokens` numbers, and the caller owns these.
         unsafe {
-            for (d, x) in key.iter().enumerate() {
-                page.add(d * s.block_tokens + slot).write(half(*x));
+            let mut halves = [f16::ZERO; 32];
+            for (i, key) in key.chunks(halves.len()).enumerate() {
+                rows::to_halves(key, &mut halves[..key.len()]);
+                for (d, x) in halves[..key.len()].iter().enumerate() {
+                    page.add((i * halves.len() + d) * s.block_tokens + slot).write(*x);
+                }
             }
             let values = page.add(s.head_size * s.block_tokens + slot * s.head_size);
-            for (d, x) in value.iter().enumerate() {
-                values.add(d).write(half(*x));
-            }
+            rows::to_halves(value, std::slice::from_raw_parts_mut(values, s.head_size));
         }
     }
-}
-
-/// Saturating: a page never holds an infinity, which times a masked weight of 0 would be no number.
-fn half(x: f32) -> f16 {
-    f16::from_f32(x.clamp(-65504.0, 65504.0))
 }

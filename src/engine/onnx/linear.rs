@@ -25,6 +25,7 @@ use crate::{
 
 /// Columns that are computed together.
 pub const PANEL: usize = 16;
+const PANELS_A_BLOCK: usize = BLOCK / PANEL;
 /// Bytes of one plane of a block of codes: half a byte each.
 const PLANE_BYTES: usize = BLOCK * PANEL / 2;
 /// Bytes of a block's scales and offsets, in half precision.
@@ -172,14 +173,12 @@ impl Layout {
     /// # Panics
     /// If `weights`, `rows` or the residual are of another shape.
     pub unsafe fn multiply(&self, weights: &[u8], panels: Range<usize>, rows: Rows, target: Target) {
-        assert!(weights.len() == self.bytes && rows.quants.len() == rows.count * self.inputs);
-        assert!(rows.scales.len() == rows.count * self.inputs / BLOCK * 2);
+        self.check(weights, rows);
         assert!(target.residual.is_none_or(|r| r.len() == rows.count * self.outputs));
         let kernel = *KERNEL;
         let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
         for panel in &self.panels[panels] {
-            let bytes = &weights[panel.offset..][..panel.block_bytes() * (self.inputs / BLOCK)];
-            let job = Job { bytes, planes: panel.planes, inputs: self.inputs, rows };
+            let job = self.job(weights, panel, rows);
             let mut row = 0;
             while row < rows.count {
                 let done = job.tile(kernel, row, &mut sums);
@@ -196,6 +195,58 @@ impl Layout {
                 row += done;
             }
         }
+    }
+}
+
+impl Layout {
+    /// For matrices of two parts with as many outputs each: computes blocks of 32 columns of the first part
+    /// together with the same of the second, and hands each row's to `take(row, block, both)`; `both` has the
+    /// first part's columns, then the second's.
+    ///
+    /// # Panics
+    /// As [`Layout::multiply`], and if the parts are not whole blocks.
+    pub fn multiply_pairs(
+        &self,
+        weights: &[u8],
+        blocks: Range<usize>,
+        rows: Rows,
+        take: impl Fn(usize, usize, &[f32; 2 * BLOCK]),
+    ) {
+        self.check(weights, rows);
+        let half = self.panels.len() / 2;
+        assert!(self.panels.iter().all(|panel| panel.columns == PANEL) && half.is_multiple_of(PANELS_A_BLOCK));
+        let kernel = *KERNEL;
+        let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
+        let mut both = [[0.0; 2 * BLOCK]; TILE_ROWS_MAX];
+        for block in blocks {
+            let mut row = 0;
+            while row < rows.count {
+                let mut done = 0;
+                for part in 0..2 * PANELS_A_BLOCK {
+                    let (second, panel) = (part / PANELS_A_BLOCK, part % PANELS_A_BLOCK);
+                    let panel = &self.panels[second * half + block * PANELS_A_BLOCK + panel];
+                    // As many rows for every panel: a kernel decides by what is left.
+                    done = self.job(weights, panel, rows).tile(kernel, row, &mut sums);
+                    for (both, sums) in both.iter_mut().zip(&sums[..done]) {
+                        both[part * PANEL..][..PANEL].copy_from_slice(sums);
+                    }
+                }
+                for (i, both) in both[..done].iter().enumerate() {
+                    take(row + i, block, both);
+                }
+                row += done;
+            }
+        }
+    }
+
+    fn check(&self, weights: &[u8], rows: Rows) {
+        assert!(weights.len() == self.bytes && rows.quants.len() == rows.count * self.inputs);
+        assert!(rows.scales.len() == rows.count * self.inputs / BLOCK * 2);
+    }
+
+    fn job<'a>(&self, weights: &'a [u8], panel: &Panel, rows: Rows<'a>) -> Job<'a> {
+        let bytes = &weights[panel.offset..][..panel.block_bytes() * (self.inputs / BLOCK)];
+        Job { bytes, planes: panel.planes, inputs: self.inputs, rows }
     }
 }
 

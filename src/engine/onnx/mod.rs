@@ -6,6 +6,7 @@
 mod attention;
 mod graph;
 mod kv;
+mod layer;
 mod linear;
 mod operators;
 mod proto;
@@ -14,9 +15,10 @@ pub mod reference;
 mod rows;
 mod runtime;
 mod step;
+mod team;
 mod weights;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use ort::{
     session::{
@@ -25,17 +27,19 @@ use ort::{
     },
     value::{DynValue, Tensor, TensorRef},
 };
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
+pub use layer::Part;
 pub use runtime::{OnnxRuntime, RuntimeOptions};
 
 use super::{Batch, BatchSequence, EngineError, Forward};
-use crate::model::{Activation, GgufError, ModelFile, ModelParams};
+use crate::model::{GgufError, ModelFile, ModelParams};
 use graph::{Dim, Graph};
 use kv::{KvCache, KvShape};
 use linear::Layout;
 use operators::Shared;
 use proto::DataType;
+use team::Times;
 use weights::Weights;
 
 /// Bytes that one KV block of `block_tokens` tokens takes.
@@ -63,7 +67,7 @@ impl OnnxModel {
         context_tokens: usize,
     ) -> Result<Self, EngineError> {
         let params = &file.params;
-        if !operators::fits(params) {
+        if !layer::fits(params) {
             return Err(EngineError::Limits("heads of this size or grouping are not supported".into()));
         }
         check_embeddings(file)?;
@@ -89,6 +93,8 @@ impl OnnxModel {
                 .map_or(Vec::new(), |sliding| Shared::angles(params, sliding.rope_base, context_tokens)),
             layouts,
             threads: runtime.options.threads,
+            scratch: Mutex::default(),
+            times: Times::default(),
         });
         let session = session(runtime, &shared, tensors)?;
         file.gguf.release_pages();
@@ -120,6 +126,11 @@ impl OnnxModel {
             logits.extend_from_slice(self.forward(&Batch { sequences: vec![sequence] })?);
         }
         Ok(logits)
+    }
+
+    /// What the steps since the last call spent on one part of their work, as one of the threads saw it.
+    pub fn take_time(&self, part: Part) -> Duration {
+        self.shared.times.take(part as usize)
     }
 
     /// The embedding of each row, straight from the file.
@@ -206,86 +217,30 @@ fn trim_heap() {
 
 /// The graph of one step: `x` `[rows, width]`, the embeddings, to `logits` `[sampled, vocabulary]`.
 fn served_graph(params: &ModelParams, layouts: &[Layout]) -> Vec<u8> {
-    let mut build = Builder { graph: Graph::default(), layouts, next: 0 };
-    build.graph.input("x", DataType::F32, &[Dim::Named("rows"), Dim::Fixed(params.width)]);
-    build.graph.output("logits", DataType::F32, &[Dim::Named("sampled"), Dim::Fixed(params.vocabulary)]);
+    let mut graph = Graph::default();
+    let mut layouts = layouts.iter();
+    let mut matrix = |graph: &mut Graph, name: &str| {
+        graph.weight(name, DataType::U8, &[layouts.next().map_or(0, |layout| layout.bytes)]);
+    };
+    graph.input("x", DataType::F32, &[Dim::Named("rows"), Dim::Fixed(params.width)]);
+    graph.output("logits", DataType::F32, &[Dim::Named("sampled"), Dim::Fixed(params.vocabulary)]);
     let mut x = "x".to_owned();
     for i in 0..params.layers {
-        let n = |part: &str| format!("l{i}.{part}");
-        build.norm("NormQuantize", &x, &n("attn_norm"), params.width, &n("in"));
-        build.linear(&n("in"), &n("qkv"), None);
-        build.attention(params, i);
-        let attended = build.add(params, &n("mixed"), &n("o"), &n("post_attention_norm"), &x);
-        build.norm("NormQuantize", &attended, &n("ffn_norm"), params.width, &n("ffn_in"));
-        build.linear(&n("ffn_in"), &n("gate_up"), None);
-        let gated = match params.activation {
-            Activation::Silu => "SiluMulQuantize",
-            Activation::Gelu => "GeluMulQuantize",
-        };
-        build.graph.own(gated, &[&n("gate_up.out")], &[&n("hidden"), &n("hidden.scales")], vec![]);
-        x = build.add(params, &n("hidden"), &n("down"), &n("post_ffw_norm"), &attended);
-    }
-    build.norm("SampledNormQuantize", &x, "head.norm", params.width, "head.in");
-    build.product("head.in", "head", None, "logits");
-    build.graph.encode()
-}
-
-/// Writes the served graph; a quantised tensor `name` has its scales in `name.scales`.
-struct Builder<'a> {
-    graph: Graph,
-    layouts: &'a [Layout],
-    /// The matrices come in the order in which they were packed.
-    next: usize,
-}
-
-impl Builder<'_> {
-    fn norm(&mut self, op: &str, from: &str, weights: &str, width: usize, to: &str) {
-        self.graph.weight(weights, DataType::F32, &[width]);
-        self.graph.own(op, &[from, weights], &[to, &format!("{to}.scales")], vec![]);
-    }
-
-    /// The layer's `mixed`, from its `qkv.out`.
-    fn attention(&mut self, params: &ModelParams, layer: usize) {
-        let n = |part: &str| format!("l{layer}.{part}");
-        let (from, norms) = (n("qkv.out"), [n("attn_q_norm"), n("attn_k_norm")]);
-        let mut inputs = vec![from.as_str()];
-        if params.has_head_norms {
-            for norm in &norms {
-                self.graph.weight(norm, DataType::F32, &[params.head_size]);
-                inputs.push(norm);
-            }
+        let mut inputs = vec![x];
+        for part in operators::LAYER_MATRICES {
+            inputs.push(format!("l{i}.{part}"));
+            matrix(&mut graph, &inputs[inputs.len() - 1]);
         }
-        let op = if params.has_head_norms { "AttentionHeadNorms" } else { "Attention" };
-        let index = vec![graph::int("index", layer as i64)];
-        self.graph.own(op, &inputs, &[&n("mixed"), &n("mixed.scales")], index);
-    }
-
-    /// The residual stream plus the product of `from` and the matrix `name`, normalised before that where the
-    /// model does so. Its name.
-    fn add(&mut self, params: &ModelParams, from: &str, name: &str, norm: &str, residual: &str) -> String {
-        if !params.has_post_norms {
-            self.linear(from, name, Some(residual));
-            return format!("{name}.out");
+        for (part, width) in operators::layer_norms(params) {
+            inputs.push(format!("l{i}.{part}"));
+            graph.weight(&inputs[inputs.len() - 1], DataType::F32, &[width]);
         }
-        let sum = format!("{name}.sum");
-        self.linear(from, name, None);
-        self.graph.weight(norm, DataType::F32, &[params.width]);
-        self.graph.own("NormAdd", &[&format!("{name}.out"), norm, residual], &[&sum], vec![]);
-        sum
+        let inputs: Vec<&str> = inputs.iter().map(String::as_str).collect();
+        x = format!("l{i}.out");
+        graph.own("Layer", &inputs, &[&x], vec![graph::int("index", i as i64)]);
     }
-
-    /// `name.out` becomes the product of `from` and the matrix `name`, and plus the residual.
-    fn linear(&mut self, from: &str, name: &str, residual: Option<&str>) {
-        self.product(from, name, residual, &format!("{name}.out"));
-    }
-
-    fn product(&mut self, from: &str, name: &str, residual: Option<&str>, to: &str) {
-        self.graph.weight(name, DataType::U8, &[self.layouts[self.next].bytes]);
-        let scales = format!("{from}.scales");
-        let mut inputs = vec![from, &scales, name];
-        inputs.extend(residual);
-        let op = if residual.is_some() { "LinearAdd" } else { "Linear" };
-        self.graph.own(op, &inputs, &[to], vec![graph::int("index", self.next as i64)]);
-        self.next += 1;
-    }
+    graph.weight("head.norm", DataType::F32, &[params.width]);
+    matrix(&mut graph, "head");
+    graph.own("Head", &[&x, "head.norm", "head"], &["logits"], vec![]);
+    graph.encode()
 }

@@ -1,8 +1,10 @@
 //! What happens to one row between two matrix products. Each result depends on its row alone, in a fixed
 //! order of operations: that is what makes answers independent of the batch.
 
+use half::f16;
+
 use crate::{
-    engine::simd::{exp, mul_add, multiversion},
+    engine::simd::{HAS_AVX2, exp, mul_add, multiversion},
     model::BLOCK,
 };
 
@@ -183,6 +185,48 @@ fn gated<const FMA: bool>(both: &[f32], quants: &mut [i8], scales: &mut [f32], a
     }
 }
 
+/// To half precision, saturating: an infinity times a masked weight of 0 would be no number.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn to_halves(x: &[f32], out: &mut [f16]) {
+    assert_eq!(x.len(), out.len());
+    #[cfg(target_arch = "x86_64")]
+    let done = if *HAS_AVX2 {
+        // SAFETY: the features were detected; the lengths are equal.
+        unsafe { to_halves_avx2(x, out) }
+    } else {
+        0
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    for (out, x) in out[done..].iter_mut().zip(&x[done..]) {
+        *out = f16::from_f32(x.clamp(-HALF_MAX, HALF_MAX));
+    }
+}
+
+const HALF_MAX: f32 = 65504.0;
+
+/// Whole vectors; how many numbers.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn to_halves_avx2(x: &[f32], out: &mut [f16]) -> usize {
+    use std::arch::x86_64::{
+        _MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps,
+        _mm256_set1_ps,
+    };
+    let (most, least) = (_mm256_set1_ps(HALF_MAX), _mm256_set1_ps(-HALF_MAX));
+    for (x, out) in x.as_chunks::<8>().0.iter().zip(out.as_chunks_mut::<8>().0) {
+        // SAFETY: eight numbers of each.
+        unsafe {
+            // A NaN stays one, since it is the second operand.
+            let x = _mm256_max_ps(least, _mm256_min_ps(most, _mm256_loadu_ps(x.as_ptr())));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+        }
+    }
+    x.len() / 8 * 8
+}
+
 multiversion! {
     /// Rotary embedding of neighbouring pairs, in place, times `factor`. `angles` has the cosines of this
     /// position, then its sines, one of each per pair.
@@ -217,6 +261,18 @@ mod tests {
 
     fn back(quants: &[i8], scales: &[f32]) -> Vec<f32> {
         quants.iter().enumerate().map(|(i, q)| f32::from(*q) * scales[i / BLOCK * 2]).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn halves_are_rounded_and_saturate(x in prop::collection::vec(any::<f32>(), 0..40)) {
+            let mut out = vec![f16::ZERO; x.len()];
+            to_halves(&x, &mut out);
+            for (x, out) in x.iter().zip(out) {
+                let expected = f16::from_f32(x.clamp(-HALF_MAX, HALF_MAX));
+                prop_assert!(out.to_bits() == expected.to_bits() || x.is_nan() && out.is_nan());
+            }
+        }
     }
 
     #[test]

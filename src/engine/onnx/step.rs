@@ -17,6 +17,8 @@ pub struct Step {
     pub tiles: Vec<Tile>,
     /// Packed rows whose logits are wanted.
     pub sampled: Vec<u32>,
+    /// The work items with only these rows.
+    pub sampled_tiles: Vec<Tile>,
 }
 
 #[derive(Clone, Copy)]
@@ -36,6 +38,8 @@ pub struct SequencePlace {
 pub struct Tile {
     pub first_row: usize,
     pub rows: usize,
+    /// Where the result of the first row goes.
+    pub to: usize,
 }
 
 impl Step {
@@ -47,6 +51,7 @@ impl Step {
         self.sequences.clear();
         self.tiles.clear();
         self.sampled.clear();
+        self.sampled_tiles.clear();
         for (index, sequence) in batch.sequences.iter().enumerate() {
             let end = sequence.computed + sequence.rows;
             if sequence.rows == 0 || end > sequence.tokens.len() || end > sequence.blocks.len() * block_tokens {
@@ -58,13 +63,12 @@ impl Step {
             let first_row = self.rows.len();
             let place = |position| RowPlace { sequence: index as u32, position: position as u32 };
             self.rows.extend((sequence.computed..end).map(place));
-            for from in (0..sequence.rows).step_by(TILE_ROWS_MAX) {
-                let rows = TILE_ROWS_MAX.min(sequence.rows - from);
-                self.tiles.push(Tile { first_row: first_row + from, rows });
-            }
+            cut(sequence.rows, first_row, first_row, &mut self.tiles);
+            let first_sampled = self.rows.len() - sequence.logits_rows;
+            cut(sequence.logits_rows, first_sampled, self.sampled.len(), &mut self.sampled_tiles);
             self.sequences.push(SequencePlace { blocks_from: self.blocks.len(), blocks_len: sequence.blocks.len() });
             self.blocks.extend_from_slice(sequence.blocks);
-            self.sampled.extend((self.rows.len() - sequence.logits_rows..self.rows.len()).map(|row| row as u32));
+            self.sampled.extend((first_sampled..self.rows.len()).map(|row| row as u32));
         }
         Ok(())
     }
@@ -72,5 +76,12 @@ impl Step {
     pub fn blocks_of(&self, sequence: u32) -> &[u32] {
         let place = &self.sequences[sequence as usize];
         &self.blocks[place.blocks_from..][..place.blocks_len]
+    }
+}
+
+/// Cuts rows that follow each other into tiles.
+fn cut(rows: usize, first_row: usize, to: usize, tiles: &mut Vec<Tile>) {
+    for from in (0..rows).step_by(TILE_ROWS_MAX) {
+        tiles.push(Tile { first_row: first_row + from, rows: TILE_ROWS_MAX.min(rows - from), to: to + from });
     }
 }

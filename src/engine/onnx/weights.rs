@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use parking_lot::Mutex;
 
-use super::linear::Linear;
-use crate::model::{GgufError, ModelFile, ModelParams};
+use super::{linear::Linear, operators::layer_norms};
+use crate::model::{GgufError, ModelFile};
 
 /// Everything that the served graph is given beside the step's rows, by name.
 pub struct Weights {
@@ -52,7 +52,7 @@ fn layer(file: &ModelFile, layer: usize) -> Result<Weights, GgufError> {
         Ok::<_, GgufError>((format!("l{layer}.{name}"), Linear::pack(&file.gguf, &parts, inputs)?))
     };
     let mut norms = Vec::new();
-    for (part, width) in norms_of(p) {
+    for (part, width) in layer_norms(p) {
         norms.push((format!("l{layer}.{part}"), norm(file, &tensor(part), width)?));
     }
     let qkv = [("attn_q", p.query_width()), ("attn_k", p.kv_width()), ("attn_v", p.kv_width())];
@@ -65,18 +65,6 @@ fn layer(file: &ModelFile, layer: usize) -> Result<Weights, GgufError> {
         ],
         norms,
     })
-}
-
-/// Norms of one layer, with their widths.
-fn norms_of(p: &ModelParams) -> Vec<(&'static str, usize)> {
-    let mut norms = vec![("attn_norm", p.width), ("ffn_norm", p.width)];
-    if p.has_head_norms {
-        norms.extend([("attn_q_norm", p.head_size), ("attn_k_norm", p.head_size)]);
-    }
-    if p.has_post_norms {
-        norms.extend([("post_attention_norm", p.width), ("post_ffw_norm", p.width)]);
-    }
-    norms
 }
 
 fn head(file: &ModelFile) -> Result<Weights, GgufError> {
