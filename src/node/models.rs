@@ -1,7 +1,7 @@
 //! The configured models, opened once for the prompts and for the engines.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -51,13 +51,17 @@ pub fn open(config: &Config) -> Result<Models, NodeError> {
     Ok(Models { files, runtime, cpus })
 }
 
-/// What each model that runs here will take.
+/// What each model that runs here will take. Models of one file share its weights.
 fn needs(config: &Config, files: &BTreeMap<ModelId, Arc<ModelFile>>) -> Vec<(ModelId, MemoryNeed)> {
     let runs = config.models.iter().filter(|(_, model)| model.engine == EngineKind::Onnx);
+    let mut counted = HashSet::new();
     let need = |(id, model): (&ModelId, &config::Model)| {
         let context = model.context_tokens_max.min(files[id].params.context_tokens);
         let kv_bytes = model.kv_memory_mib << 20;
-        let need = MemoryNeed::of(&files[id], context, model.sequences_max, model.step_tokens_max, kv_bytes);
+        let mut need = MemoryNeed::of(&files[id], context, model.sequences_max, model.step_tokens_max, kv_bytes);
+        if !counted.insert(Arc::as_ptr(&files[id])) {
+            need.weights = 0;
+        }
         (id.clone(), need)
     };
     runs.map(need).collect()

@@ -25,7 +25,7 @@ use ort::{
         Session,
         builder::{GraphOptimizationLevel, SessionBuilder},
     },
-    value::{DynValue, Tensor, TensorRef},
+    value::{DynValue, TensorRef},
 };
 use parking_lot::{Mutex, RwLock};
 
@@ -40,7 +40,6 @@ use linear::Layout;
 use operators::Shared;
 use proto::DataType;
 use team::Times;
-use weights::Weights;
 
 /// Bytes that one KV block of `block_tokens` tokens takes.
 pub fn kv_block_bytes(params: &ModelParams, block_tokens: usize) -> usize {
@@ -71,17 +70,7 @@ impl OnnxModel {
             return Err(EngineError::Limits("heads of this size or grouping are not supported".into()));
         }
         check_embeddings(file)?;
-        let Weights { linears, norms } = weights::load(file)?;
-        let mut layouts = Vec::with_capacity(linears.len());
-        let mut tensors = Vec::with_capacity(linears.len() + norms.len());
-        for (name, linear) in linears {
-            let (layout, bytes) = linear.into_parts();
-            tensors.push((name, Tensor::from_array(([bytes.len()], bytes))?.into_dyn()));
-            layouts.push(layout);
-        }
-        for (name, norm) in norms {
-            tensors.push((name, Tensor::from_array(([norm.len()], norm))?.into_dyn()));
-        }
+        let weights = runtime.pack.weights(file)?;
         let shared = Arc::new(Shared {
             step: RwLock::default(),
             cache: KvCache::new(KvShape::new(params, kv_block_tokens, kv_blocks))?,
@@ -91,12 +80,12 @@ impl OnnxModel {
                 .sliding
                 .as_ref()
                 .map_or(Vec::new(), |sliding| Shared::angles(params, sliding.rope_base, context_tokens)),
-            layouts,
+            weights,
             threads: runtime.options.threads,
             scratch: Mutex::default(),
             times: Times::default(),
         });
-        let session = session(runtime, &shared, tensors)?;
+        let session = session(runtime, &shared)?;
         file.gguf.release_pages();
         trim_heap();
         let file = Arc::clone(file);
@@ -171,19 +160,15 @@ impl Forward for OnnxModel {
     }
 }
 
-fn session(
-    runtime: &OnnxRuntime,
-    shared: &Arc<Shared>,
-    tensors: Vec<(String, DynValue)>,
-) -> Result<Session, EngineError> {
-    let graph = served_graph(&shared.params, &shared.layouts);
+fn session(runtime: &OnnxRuntime, shared: &Arc<Shared>) -> Result<Session, EngineError> {
+    let graph = served_graph(&shared.params, &shared.weights.layouts);
     let mut builder: SessionBuilder = Session::builder(&runtime.environment)?;
     builder = builder.with_operators(operators::domain(shared)?).map_err(plain)?;
     builder = builder.with_memory_pattern(false).map_err(plain)?;
     builder = builder.with_optimization_level(GraphOptimizationLevel::Level1).map_err(plain)?;
     builder = providers::register(builder, &runtime.options.providers)?;
-    for (name, tensor) in tensors {
-        builder = builder.with_external_initializer(name, tensor).map_err(plain)?;
+    for (name, tensor) in &shared.weights.tensors {
+        builder = builder.with_external_initializer(name, Arc::clone(tensor)).map_err(plain)?;
     }
     Ok(builder.commit_from_memory(&graph)?)
 }

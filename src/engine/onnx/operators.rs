@@ -20,9 +20,9 @@ use super::{
     graph::DOMAIN,
     kv::KvCache,
     layer::{Head, Layer, LayerWeights, Matrix, Scratch, Surroundings},
-    linear::Layout,
     step::Step,
     team::{Member, Team, Times},
+    weights::Weights,
 };
 use crate::model::ModelParams;
 
@@ -40,8 +40,7 @@ pub struct Shared {
     pub angles: Vec<f32>,
     /// The same for layers with a sliding window; empty where there are none.
     pub window_angles: Vec<f32>,
-    /// How the matrices are packed, in the order of the graph.
-    pub layouts: Vec<Layout>,
+    pub weights: Arc<Weights>,
     /// Threads of ONNX Runtime's pool, its caller among them.
     pub threads: usize,
     /// Of the kernel that runs: one at a time does.
@@ -171,7 +170,7 @@ impl Call<'_> {
     }
 
     fn matrix(&self, input: usize, layout: usize) -> Result<Matrix<'_>> {
-        Ok(Matrix { layout: &self.shared.layouts[layout], bytes: self.input(input)? })
+        Ok(Matrix { layout: &self.shared.weights.layouts[layout], bytes: self.input(input)? })
     }
 
     /// Runs `work` on every thread of ONNX Runtime's pool, as a team, or here alone if it is so little.
@@ -191,7 +190,7 @@ impl Call<'_> {
 /// Inputs: the stream, `[rows, width]`, the layer's matrices, its norms. Output: the stream after it, of the
 /// sampled rows alone after the last layer.
 fn layer(call: &Call) -> Result<()> {
-    let Shared { step, cache, params, layouts, .. } = call.shared;
+    let Shared { step, cache, params, .. } = call.shared;
     let (x, step) = (call.input::<f32>(0)?, step.read());
     if x.len() != step.rows.len() * params.width {
         return Err(ort::Error::new("the step and its tensors have different numbers of rows"));
@@ -216,7 +215,8 @@ fn layer(call: &Call) -> Result<()> {
     let out = unsafe { call.output(Layer::rows_out(params, &step, call.index), params.width)? };
     let mut scratch = call.shared.scratch.lock();
     let layer = Layer::new(weights, around, x, out, &mut scratch);
-    let products: usize = layouts[first..][..LAYER_MATRICES.len()].iter().map(|l| l.inputs * l.outputs).sum();
+    let products: usize =
+        call.shared.weights.layouts[first..][..LAYER_MATRICES.len()].iter().map(|l| l.inputs * l.outputs).sum();
     call.together(products * step.rows.len(), |team| layer.compute(team))
 }
 
@@ -224,7 +224,7 @@ fn layer(call: &Call) -> Result<()> {
 fn head(call: &Call) -> Result<()> {
     let params = &call.shared.params;
     let (x, norm) = (call.input::<f32>(0)?, call.input::<f32>(1)?);
-    let matrix = call.matrix(2, call.shared.layouts.len() - 1)?;
+    let matrix = call.matrix(2, call.shared.weights.layouts.len() - 1)?;
     let rows = x.len() / params.width;
     // SAFETY: once.
     let out = unsafe { call.output(rows, matrix.layout.outputs)? };

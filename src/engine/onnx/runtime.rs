@@ -8,7 +8,7 @@ use std::{
 use ort::environment::{Environment, GlobalThreadPoolOptions};
 use parking_lot::Mutex;
 
-use super::EngineError;
+use super::{EngineError, weights::Pack};
 
 /// What the process wants of the library.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +27,7 @@ pub struct RuntimeOptions {
 pub struct OnnxRuntime {
     pub(super) environment: Arc<Environment>,
     pub(super) options: RuntimeOptions,
+    pub(super) pack: Arc<Pack>,
 }
 
 /// One environment a process is all that the library allows, so the first one is kept.
@@ -75,7 +76,7 @@ impl OnnxRuntime {
             .with_telemetry(false)
             .build()
             .map_err(fault)?;
-        let runtime = Self { environment: Arc::new(environment), options };
+        let runtime = Self { environment: Arc::new(environment), options, pack: Arc::default() };
         *loaded = Some(runtime.clone());
         Ok(runtime)
     }

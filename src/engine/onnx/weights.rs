@@ -1,20 +1,73 @@
 //! The tensors of a model file, as our graphs take them.
 
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{
+    Arc, Weak,
+    atomic::{AtomicUsize, Ordering::Relaxed},
+};
 
+use ort::value::{DynValue, Tensor};
 use parking_lot::Mutex;
 
-use super::{linear::Linear, operators::layer_norms};
+use super::{
+    EngineError,
+    linear::{Layout, Linear},
+    operators::layer_norms,
+};
 use crate::model::{GgufError, ModelFile};
 
-/// Everything that the served graph is given beside the step's rows, by name.
+/// Everything that the served graph is given beside the step's rows.
 pub struct Weights {
-    pub linears: Vec<(String, Linear)>,
-    pub norms: Vec<(String, Vec<f32>)>,
+    /// How the matrices are packed, in the order of the graph.
+    pub layouts: Vec<Layout>,
+    pub tensors: Vec<(String, Arc<DynValue>)>,
+}
+
+/// What engines have packed and still use: two that serve the same file have one copy.
+#[derive(Default)]
+pub struct Pack {
+    packed: Mutex<Vec<(Weak<ModelFile>, Weak<Weights>)>>,
+}
+
+impl Pack {
+    /// The file's weights, packed now where no engine has them yet.
+    pub fn weights(&self, file: &Arc<ModelFile>) -> Result<Arc<Weights>, EngineError> {
+        // Kept locked, so that the second engine waits for the first one's copy.
+        let mut packed = self.packed.lock();
+        packed.retain(|(_, weights)| weights.strong_count() > 0);
+        let found = packed.iter().find(|(of, _)| std::ptr::eq(of.as_ptr(), Arc::as_ptr(file)));
+        if let Some(weights) = found.and_then(|(_, weights)| weights.upgrade()) {
+            return Ok(weights);
+        }
+        let weights = Arc::new(Weights::of(load(file)?)?);
+        packed.push((Arc::downgrade(file), Arc::downgrade(&weights)));
+        Ok(weights)
+    }
+}
+
+impl Weights {
+    fn of(parts: Parts) -> Result<Self, EngineError> {
+        let Parts { linears, norms } = parts;
+        let mut weights = Self { layouts: Vec::new(), tensors: Vec::new() };
+        for (name, linear) in linears {
+            let (layout, bytes) = linear.into_parts();
+            weights.tensors.push((name, Arc::new(Tensor::from_array(([bytes.len()], bytes))?.into_dyn())));
+            weights.layouts.push(layout);
+        }
+        for (name, norm) in norms {
+            weights.tensors.push((name, Arc::new(Tensor::from_array(([norm.len()], norm))?.into_dyn())));
+        }
+        Ok(weights)
+    }
+}
+
+/// By name.
+struct Parts {
+    linears: Vec<(String, Linear)>,
+    norms: Vec<(String, Vec<f32>)>,
 }
 
 /// Packs all matrices of the model, in the order of the graph, on all processors.
-pub fn load(file: &ModelFile) -> Result<Weights, GgufError> {
+fn load(file: &ModelFile) -> Result<Parts, GgufError> {
     let layers = file.params.layers;
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::new());
@@ -34,7 +87,7 @@ pub fn load(file: &ModelFile) -> Result<Weights, GgufError> {
     });
     let mut done = done.into_inner();
     done.sort_by_key(|(at, _)| *at);
-    let mut all = Weights { linears: Vec::new(), norms: Vec::new() };
+    let mut all = Parts { linears: Vec::new(), norms: Vec::new() };
     for (_, part) in done {
         let part = part?;
         all.linears.extend(part.linears);
@@ -43,7 +96,7 @@ pub fn load(file: &ModelFile) -> Result<Weights, GgufError> {
     Ok(all)
 }
 
-fn layer(file: &ModelFile, layer: usize) -> Result<Weights, GgufError> {
+fn layer(file: &ModelFile, layer: usize) -> Result<Parts, GgufError> {
     let p = &file.params;
     let tensor = |part: &str| format!("blk.{layer}.{part}.weight");
     let linear = |name: &str, inputs: usize, parts: &[(&str, usize)]| {
@@ -56,7 +109,7 @@ fn layer(file: &ModelFile, layer: usize) -> Result<Weights, GgufError> {
         norms.push((format!("l{layer}.{part}"), norm(file, &tensor(part), width)?));
     }
     let qkv = [("attn_q", p.query_width()), ("attn_k", p.kv_width()), ("attn_v", p.kv_width())];
-    Ok(Weights {
+    Ok(Parts {
         linears: vec![
             linear("qkv", p.width, &qkv)?,
             linear("o", p.query_width(), &[("attn_output", p.width)])?,
@@ -67,11 +120,11 @@ fn layer(file: &ModelFile, layer: usize) -> Result<Weights, GgufError> {
     })
 }
 
-fn head(file: &ModelFile) -> Result<Weights, GgufError> {
+fn head(file: &ModelFile) -> Result<Parts, GgufError> {
     let p = &file.params;
     let head = Linear::pack(&file.gguf, &[(head_tensor(file), p.vocabulary)], p.width)?;
     let norms = vec![("head.norm".to_owned(), norm(file, "output_norm.weight", p.width)?)];
-    Ok(Weights { linears: vec![("head".to_owned(), head)], norms })
+    Ok(Parts { linears: vec![("head".to_owned(), head)], norms })
 }
 
 /// Name of the tensor with the output matrix: its own, or the embedding where the model ties them.
