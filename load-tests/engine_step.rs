@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let started = Instant::now();
     let file = ModelFile::open(&data_dir.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))?;
     let mut model = OnnxModel::load(&runtime, &file, 64 * CONTEXT / BLOCK, BLOCK, 2048)?;
-    println!("{threads} threads; loaded in {:.2} s", started.elapsed().as_secs_f64());
+    println!("{threads} threads; loaded in {:.2} s; {}", started.elapsed().as_secs_f64(), memory()?);
 
     let tokens: Vec<u32> = (0..2048).map(|i| 100 + i * 37 % 40_000).collect();
     for sequences in [1usize, 2, 4, 8, 16, 32] {
@@ -39,6 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("prefill {rows:3} rows of one sequence:       {ms:7.2} ms a step, {rate:6.0} tokens/s");
         println!("    {}", parts(&model));
     }
+    println!("{}", memory()?);
     Ok(())
 }
 
@@ -61,6 +62,13 @@ fn step(
     };
     model.forward(&Batch { sequences: (0..sequences).map(sequence).collect() })?;
     Ok(())
+}
+
+/// What the process has in memory beside mapped files.
+fn memory() -> Result<String, Box<dyn Error>> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).ok_or("no RssAnon")?;
+    Ok(line.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
 /// Which share of the steps went to which part of their work.

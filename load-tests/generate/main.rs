@@ -89,6 +89,9 @@ pub struct Arguments {
     /// A connection for every request, for servers that close theirs without saying so.
     #[arg(long)]
     connection_per_request: bool,
+    /// Asks for a token count in every chunk, of servers that know how (vLLM does).
+    #[arg(long)]
+    usage_in_chunks: bool,
     /// No request starts after this time, and a minute later all is over.
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=3_600))]
     seconds_max: u64,
@@ -129,7 +132,8 @@ async fn run(arguments: &Arguments) -> Result<Report, Box<dyn Error>> {
         return Err(format!("{asked} output tokens in one run, at most {OUTPUT_TOKENS_MAX}").into());
     }
     let client = Client::new(&arguments.url, arguments.key_file.as_deref(), arguments.connection_per_request)?;
-    let prompts = workload::Prompts::new(arguments.model.clone(), arguments.workload, arguments.seed, sizes);
+    let prompts = workload::Prompts::new(arguments.model.clone(), arguments.workload, arguments.seed, sizes)
+        .with_usage_in_chunks(arguments.usage_in_chunks);
     let (client, prompts) = (Rc::new(client), Rc::new(prompts));
 
     let warm = Load::Closed { clients: arguments.concurrency };

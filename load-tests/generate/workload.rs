@@ -49,6 +49,7 @@ pub struct Prompts {
     workload: Workload,
     seed: u64,
     sizes: Sizes,
+    usage_in_chunks: bool,
 }
 
 /// A request and how many tokens its answer must have.
@@ -59,7 +60,12 @@ pub struct Ask {
 
 impl Prompts {
     pub fn new(model: String, workload: Workload, seed: u64, sizes: Sizes) -> Self {
-        Self { model, workload, seed, sizes }
+        Self { model, workload, seed, sizes, usage_in_chunks: false }
+    }
+
+    /// Whether to ask for a token count in every chunk.
+    pub fn with_usage_in_chunks(self, usage_in_chunks: bool) -> Self {
+        Self { usage_in_chunks, ..self }
     }
 
     /// The request of this number; a stream to be disturbed, in that workload.
@@ -86,18 +92,20 @@ impl Prompts {
     }
 
     fn body(&self, messages: Vec<Value>, output_tokens: u32) -> Ask {
-        let body = json!({
+        let mut body = json!({
             "model": self.model,
             "messages": messages,
             "stream": true,
-            // The second is vLLM's name for a token count in every chunk.
-            "stream_options": {"include_usage": true, "continuous_usage_stats": true},
+            "stream_options": {"include_usage": true},
             "max_tokens": output_tokens,
             "temperature": 0,
             "ignore_eos": true,
             // llama-server's name for reusing what a slot has computed; unique prompts find nothing to reuse.
             "cache_prompt": self.workload == Workload::SharedPrefix,
         });
+        if self.usage_in_chunks {
+            body["stream_options"]["continuous_usage_stats"] = json!(true);
+        }
         Ask { body, output_tokens }
     }
 }

@@ -10,6 +10,9 @@ use super::proto::{
 /// Domain of our own operators.
 pub const DOMAIN: &str = "ai.lightcone";
 
+/// Folder and file where the weights are said to be. It is never opened, but ONNX Runtime wants it to exist.
+pub const WEIGHTS_PLACE: (&str, &str) = ("/dev", "null");
+
 #[derive(Default)]
 pub struct Graph {
     proto: GraphProto,
@@ -39,10 +42,9 @@ impl Graph {
         self.proto.output.push(value_info(name, ty, dims));
     }
 
-    /// Declares a weight that the session gets as an external initializer of the same name.
+    /// Declares a weight. The session is given the tensor itself, under the same name.
     pub fn weight(&mut self, name: &str, ty: DataType, dims: &[usize]) {
-        // The location is never opened: the session is given the tensor itself.
-        let location = StringStringEntryProto { key: "location".into(), value: "memory".into() };
+        let location = StringStringEntryProto { key: "location".into(), value: WEIGHTS_PLACE.1.into() };
         self.proto.initializer.push(TensorProto {
             dims: dims.iter().map(|d| *d as i64).collect(),
             data_type: ty as i32,

@@ -167,8 +167,11 @@ fn session(runtime: &OnnxRuntime, shared: &Arc<Shared>) -> Result<Session, Engin
     builder = builder.with_memory_pattern(false).map_err(plain)?;
     builder = builder.with_optimization_level(GraphOptimizationLevel::Level1).map_err(plain)?;
     builder = providers::register(builder, &runtime.options.providers)?;
+    let (key, folder) = ("session.model_external_initializers_file_folder_path", graph::WEIGHTS_PLACE.0);
+    builder = builder.with_config_entry(key, folder).map_err(plain)?;
     for (name, tensor) in &shared.weights.tensors {
-        builder = builder.with_external_initializer(name, Arc::clone(tensor)).map_err(plain)?;
+        // Not `with_external_initializer`, which copies every weight.
+        builder = builder.with_initializer(name, Arc::clone(tensor)).map_err(plain)?;
     }
     Ok(builder.commit_from_memory(&graph)?)
 }

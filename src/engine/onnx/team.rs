@@ -18,8 +18,11 @@ use std::{
 
 /// Phases that one operator may have.
 const PHASES_MAX: usize = 12;
-/// Looks at the others' progress before the processor is offered to somebody else; some tens of microseconds.
-const SPINS: usize = 1000;
+/// Looks at the others' progress before the processor is offered to somebody else, who may keep it for
+/// milliseconds; some tenths of one.
+const SPINS: usize = 10_000;
+/// The same, when it has been offered before.
+const SPINS_AGAIN: usize = 500;
 
 /// Shared by the threads of one call.
 #[derive(Default)]
@@ -74,10 +77,15 @@ impl Member<'_> {
             }
             phase.done.fetch_add(1, Release);
         }
-        let mut spins = 0;
+        let mut spins = SPINS;
         while phase.done.load(Acquire) < count {
-            spins += 1;
-            if spins < SPINS { hint::spin_loop() } else { thread::yield_now() }
+            if spins > 0 {
+                spins -= 1;
+                hint::spin_loop();
+            } else {
+                spins = SPINS_AGAIN;
+                thread::yield_now();
+            }
         }
         if let Some((times, since)) = &self.times {
             times.add(kind, since);
