@@ -4,17 +4,22 @@
 //! softmax is carried from group to group. So each query's result comes out of the same operations in the
 //! same order, whichever queries share its tile and however the sequence was cut into chunks.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use std::sync::LazyLock;
+
 use half::f16;
 
-use super::kv::KvCache;
+use super::kv::{KvCache, KvShape};
 use crate::engine::simd::HAS_AVX2;
 
 /// Tokens between two updates of the running softmax; a multiple of every KV block's size below it.
 const GROUP: usize = 64;
 /// Keys that one pass of the score kernel covers: two vectors of eight.
 const LANES: usize = 16;
-/// Queries that fit the registers.
-const QUERIES_MAX: usize = 6;
 
 /// Where the keys and values stand.
 #[derive(Clone, Copy)]
@@ -50,29 +55,145 @@ pub struct Span {
     pub to: usize,
 }
 
+/// The loop over groups of keys, compiled for one instruction set. Its module has `scores`, `soften` and `values`.
+#[cfg(target_arch = "x86_64")]
+macro_rules! attend_in_groups {
+    ($features:literal) => {
+        /// # Safety
+        /// The features are there. Head and block sizes are multiples of `LANES`. `queries` and `out` have
+        /// `Q` rows, `visible` has `Q` spans, and the blocks cover the last of them.
+        #[target_feature(enable = $features)]
+        pub unsafe fn attend<const Q: usize>(pages: Pages, queries: &[f32], visible: &[Span], out: &mut [f32]) {
+            let size = pages.cache.shape.head_size;
+            assert!(queries.len() == Q * size && out.len() == Q * size && visible.len() == Q);
+            let first = visible.iter().map(|span| span.from).min().unwrap_or(0) / GROUP * GROUP;
+            let last = visible.iter().map(|span| span.to).max().unwrap_or(0);
+            let mut largest = [f32::NEG_INFINITY; Q];
+            let mut total = [0f32; Q];
+            let mut weights = Weights::<Q>([[0.0; GROUP]; Q]);
+            out.fill(0.0);
+            for from in (first..last).step_by(GROUP) {
+                let tokens = GROUP.min(last - from);
+                let mut correction = [1f32; Q];
+                // SAFETY: the caller's promises, passed on; `from + tokens` is at most `last`.
+                unsafe {
+                    scores(pages, queries, from, tokens, &mut weights);
+                    for q in 0..Q {
+                        let seen = |end: usize| end.saturating_sub(from).min(GROUP);
+                        let seen = seen(visible[q].from)..seen(visible[q].to);
+                        // A group that a query does not see leaves it as it was, to the bit.
+                        if seen.is_empty() {
+                            weights.0[q].fill(0.0);
+                        } else {
+                            correction[q] = soften(&mut weights.0[q], seen, &mut largest[q], &mut total[q]);
+                        }
+                    }
+                    values(pages, &weights, &correction, from, tokens, out);
+                }
+            }
+            for (row, total) in out.chunks_exact_mut(size).zip(total) {
+                let inverse = 1.0 / total;
+                row.iter_mut().for_each(|x| *x *= inverse);
+            }
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use attend_in_groups;
+
+/// Scores of one group, then softmax weights.
+#[cfg(target_arch = "x86_64")]
+#[repr(align(64))]
+struct Weights<const Q: usize>([[f32; GROUP]; Q]);
+
 /// `out[q] = softmax(queries[q] · keys) · values` over the tokens of `visible[q]`. `queries` are already
 /// scaled; both are `[queries, head_size]`, row-major.
 pub fn attend(pages: Pages, queries: &[f32], visible: &[Span], out: &mut [f32]) {
-    let head_size = pages.cache.shape.head_size;
-    let tiles = queries.chunks(QUERIES_MAX * head_size).zip(out.chunks_mut(QUERIES_MAX * head_size));
-    for ((queries, out), visible) in tiles.zip(visible.chunks(QUERIES_MAX)) {
+    attend_with(*KERNEL, pages, queries, visible, out);
+}
+
+fn attend_with(kernel: KernelKind, pages: Pages, queries: &[f32], visible: &[Span], out: &mut [f32]) {
+    let shape = &pages.cache.shape;
+    let is_whole = shape.head_size.is_multiple_of(LANES) && shape.block_tokens.is_multiple_of(LANES);
+    match kernel {
+        // SAFETY, of both: the features were detected; sizes were checked; blocks cover `visible` (see `Step::set`).
         #[cfg(target_arch = "x86_64")]
-        if *HAS_AVX2 && head_size.is_multiple_of(LANES) && pages.cache.shape.block_tokens.is_multiple_of(LANES) {
-            // SAFETY: the features were detected; sizes were checked; blocks cover `visible` (see `Step::set`).
-            unsafe {
-                match visible.len() {
-                    1 => avx2::attend::<1>(pages, queries, visible, out),
-                    2 => avx2::attend::<2>(pages, queries, visible, out),
-                    3 => avx2::attend::<3>(pages, queries, visible, out),
-                    4 => avx2::attend::<4>(pages, queries, visible, out),
-                    5 => avx2::attend::<5>(pages, queries, visible, out),
-                    _ => avx2::attend::<6>(pages, queries, visible, out),
-                }
-            }
-            continue;
-        }
-        plain(pages, queries, visible, out);
+        KernelKind::Avx512 if is_whole => tiles!(avx512, (pages, queries, visible, out), 1 2 3 4 5 6 7 8 9 10 11 12),
+        #[cfg(target_arch = "x86_64")]
+        KernelKind::Avx2 if is_whole => tiles!(avx2, (pages, queries, visible, out), 1 2 3 4 5 6),
+        _ => plain(pages, queries, visible, out),
     }
+}
+
+/// Queries in tiles that fit a kernel's registers.
+#[cfg(target_arch = "x86_64")]
+macro_rules! tiles {
+    ($kernel:ident, ($pages:expr, $queries:expr, $visible:expr, $out:expr), $($count:literal)*) => {{
+        let numbers = $kernel::QUERIES_MAX * $pages.cache.shape.head_size;
+        let tiles = $queries.chunks(numbers).zip($out.chunks_mut(numbers));
+        for ((queries, out), visible) in tiles.zip($visible.chunks($kernel::QUERIES_MAX)) {
+            match visible.len() {
+                $($count => unsafe { $kernel::attend::<$count>($pages, queries, visible, out) },)*
+                _ => unreachable!("tiles have at most {} queries", $kernel::QUERIES_MAX),
+            }
+        }
+    }};
+}
+#[cfg(target_arch = "x86_64")]
+use tiles;
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum KernelKind {
+    Plain,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// The fastest kernel whose instructions the machine has. Both vector kernels have the same results, to the bit:
+/// the wider one is taken only where that holds.
+static KERNEL: LazyLock<KernelKind> = LazyLock::new(|| {
+    #[cfg(target_arch = "x86_64")]
+    if *HAS_AVX2 {
+        if is_x86_feature_detected!("avx512f") {
+            if agrees_with_avx2(KernelKind::Avx512) {
+                return KernelKind::Avx512;
+            }
+            tracing::error!("attention by AVX-512 computes other numbers than it should here; AVX2 is used");
+        }
+        return KernelKind::Avx2;
+    }
+    KernelKind::Plain
+});
+
+/// On a few pseudo-random keys and queries.
+#[cfg(target_arch = "x86_64")]
+fn agrees_with_avx2(kernel: KernelKind) -> bool {
+    let shape = KvShape { layers: 1, kv_heads: 1, head_size: 64, block_tokens: 16, blocks: 6 };
+    let Ok(cache) = KvCache::new(shape) else { return false };
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+    };
+    let mut numbers = |count: usize| (0..count).map(|_| next()).collect::<Vec<f32>>();
+    let blocks = [3, 0, 5, 1, 4, 2];
+    for token in 0..90 {
+        // SAFETY: one thread.
+        unsafe { cache.write(0, blocks[token / 16], 0, token % 16, &numbers(64), &numbers(64)) };
+    }
+    let pages = Pages { cache: &cache, blocks: &blocks, layer: 0, kv_head: 0 };
+    let queries = numbers(12 * 64);
+    (1..=12).all(|count| {
+        let visible: Vec<Span> = (0..count).map(|q| Span { from: q * 3, to: 90 - q * 4 }).collect();
+        let [mut found, mut expected] = [0, 1].map(|_| vec![0f32; count * 64]);
+        attend_with(kernel, pages, &queries[..count * 64], &visible, &mut found);
+        attend_with(KernelKind::Avx2, pages, &queries[..count * 64], &visible, &mut expected);
+        found.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits())
+    })
 }
 
 /// The same, one query and one number at a time: for other machines, and the twin in the tests.
@@ -95,176 +216,6 @@ fn plain(pages: Pages, queries: &[f32], visible: &[Span], out: &mut [f32]) {
             for (d, out) in out.iter_mut().enumerate() {
                 // SAFETY: as above.
                 *out += weight / total * unsafe { *value.add(d) }.to_f32();
-            }
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use std::{arch::x86_64::*, ops::Range};
-
-    use super::{GROUP, LANES, Pages, Span};
-    use crate::engine::simd::exp;
-
-    #[repr(align(32))]
-    struct Weights<const Q: usize>([[f32; GROUP]; Q]);
-
-    /// # Safety
-    /// AVX2, FMA and F16C are there. Head and block sizes are multiples of `LANES`. `queries` and `out` have
-    /// `Q` rows, `visible` has `Q` spans, and the blocks cover the last of them.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn attend<const Q: usize>(pages: Pages, queries: &[f32], visible: &[Span], out: &mut [f32]) {
-        let size = pages.cache.shape.head_size;
-        assert!(queries.len() == Q * size && out.len() == Q * size && visible.len() == Q);
-        let first = visible.iter().map(|span| span.from).min().unwrap_or(0) / GROUP * GROUP;
-        let last = visible.iter().map(|span| span.to).max().unwrap_or(0);
-        let mut largest = [f32::NEG_INFINITY; Q];
-        let mut total = [0f32; Q];
-        let mut weights = Weights::<Q>([[0.0; GROUP]; Q]);
-        out.fill(0.0);
-        for from in (first..last).step_by(GROUP) {
-            let tokens = GROUP.min(last - from);
-            let mut correction = [1f32; Q];
-            // SAFETY: the caller's promises, passed on; `from + tokens` is at most `last`.
-            unsafe {
-                scores(pages, queries, from, tokens, &mut weights);
-                for q in 0..Q {
-                    let seen = |end: usize| end.saturating_sub(from).min(GROUP);
-                    let seen = seen(visible[q].from)..seen(visible[q].to);
-                    // A group that a query does not see leaves it as it was, to the bit.
-                    if seen.is_empty() {
-                        weights.0[q].fill(0.0);
-                    } else {
-                        correction[q] = soften(&mut weights.0[q], seen, &mut largest[q], &mut total[q]);
-                    }
-                }
-                values(pages, &weights, &correction, from, tokens, out);
-            }
-        }
-        for (row, total) in out.chunks_exact_mut(size).zip(total) {
-            let inverse = 1.0 / total;
-            row.iter_mut().for_each(|x| *x *= inverse);
-        }
-    }
-
-    /// Scores of `tokens` tokens, in passes of `LANES`; lanes beyond the last token hold what the page holds.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn scores<const Q: usize>(
-        pages: Pages,
-        queries: &[f32],
-        from: usize,
-        tokens: usize,
-        weights: &mut Weights<Q>,
-    ) {
-        let size = pages.cache.shape.head_size;
-        let stride = pages.cache.shape.block_tokens;
-        for lane in (0..tokens).step_by(LANES) {
-            let keys = pages.keys(from + lane);
-            let mut low = [_mm256_setzero_ps(); Q];
-            let mut high = [_mm256_setzero_ps(); Q];
-            for d in 0..size {
-                // SAFETY: `LANES` keys of channel `d` stand side by side, since blocks are multiples of it.
-                unsafe {
-                    let key = keys.add(d * stride).cast::<__m128i>();
-                    let key_low = _mm256_cvtph_ps(_mm_loadu_si128(key));
-                    let key_high = _mm256_cvtph_ps(_mm_loadu_si128(key.add(1)));
-                    for q in 0..Q {
-                        let query = _mm256_broadcast_ss(queries.get_unchecked(q * size + d));
-                        low[q] = _mm256_fmadd_ps(query, key_low, low[q]);
-                        high[q] = _mm256_fmadd_ps(query, key_high, high[q]);
-                    }
-                }
-            }
-            for q in 0..Q {
-                // SAFETY: `lane + LANES` is at most `GROUP`.
-                unsafe {
-                    let at = weights.0[q].as_mut_ptr().add(lane);
-                    _mm256_storeu_ps(at, low[q]);
-                    _mm256_storeu_ps(at.add(8), high[q]);
-                }
-            }
-        }
-    }
-
-    /// Turns the scores of one group into softmax weights relative to the largest score so far, and returns
-    /// what the earlier groups' sums must be multiplied with. Tokens that are not `seen` weigh exactly 0.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn soften(weights: &mut [f32; GROUP], seen: Range<usize>, largest: &mut f32, total: &mut f32) -> f32 {
-        weights[..seen.start].fill(f32::NEG_INFINITY);
-        weights[seen.end..].fill(f32::NEG_INFINITY);
-        let mut lanes = [f32::NEG_INFINITY; 8];
-        for chunk in weights.as_chunks::<8>().0 {
-            for (lane, x) in lanes.iter_mut().zip(chunk) {
-                *lane = if *x > *lane { *x } else { *lane };
-            }
-        }
-        let most = lanes.iter().copied().fold(*largest, f32::max);
-        let correction = exp::<true>(*largest - most);
-        let mut sums = [0f32; 8];
-        for chunk in weights.as_chunks_mut::<8>().0 {
-            for (sum, x) in sums.iter_mut().zip(chunk) {
-                *x = exp::<true>(*x - most);
-                *sum += *x;
-            }
-        }
-        *total = total.mul_add(correction, sums.iter().sum());
-        *largest = most;
-        correction
-    }
-
-    /// `out = out * correction + weights · values`, sixteen channels at a time.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn values<const Q: usize>(
-        pages: Pages,
-        weights: &Weights<Q>,
-        correction: &[f32; Q],
-        from: usize,
-        tokens: usize,
-        out: &mut [f32],
-    ) {
-        let size = pages.cache.shape.head_size;
-        let block_tokens = pages.cache.shape.block_tokens;
-        for channel in (0..size).step_by(LANES) {
-            let mut low = [_mm256_setzero_ps(); Q];
-            let mut high = [_mm256_setzero_ps(); Q];
-            for q in 0..Q {
-                // SAFETY: sixteen channels of row `q`.
-                unsafe {
-                    let row = out.as_ptr().add(q * size + channel);
-                    let factor = _mm256_set1_ps(correction[q]);
-                    low[q] = _mm256_mul_ps(_mm256_loadu_ps(row), factor);
-                    high[q] = _mm256_mul_ps(_mm256_loadu_ps(row.add(8)), factor);
-                }
-            }
-            let mut t = 0;
-            while t < tokens {
-                // Values of one block stand one after the other.
-                let run = (block_tokens - (from + t) % block_tokens).min(tokens - t);
-                let mut value = pages.value(from + t);
-                for _ in 0..run {
-                    // SAFETY: within the page, and `t` is below `GROUP`.
-                    unsafe {
-                        let at = value.add(channel).cast::<__m128i>();
-                        let value_low = _mm256_cvtph_ps(_mm_loadu_si128(at));
-                        let value_high = _mm256_cvtph_ps(_mm_loadu_si128(at.add(1)));
-                        for q in 0..Q {
-                            let weight = _mm256_broadcast_ss(weights.0[q].get_unchecked(t));
-                            low[q] = _mm256_fmadd_ps(weight, value_low, low[q]);
-                            high[q] = _mm256_fmadd_ps(weight, value_high, high[q]);
-                        }
-                        value = value.add(size);
-                    }
-                    t += 1;
-                }
-            }
-            for q in 0..Q {
-                // SAFETY: as above.
-                unsafe {
-                    let row = out.as_mut_ptr().add(q * size + channel);
-                    _mm256_storeu_ps(row, low[q]);
-                    _mm256_storeu_ps(row.add(8), high[q]);
-                }
             }
         }
     }
@@ -300,6 +251,17 @@ mod tests {
             state ^= state >> 7;
             state ^= state << 17;
             (state >> 40) as f32 / (1 << 24) as f32 * 2.0 - 1.0
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn the_vector_kernels_of_this_machine_agree_to_the_bit() {
+        if *HAS_AVX2 {
+            assert!(agrees_with_avx2(KernelKind::Avx2));
+        }
+        if *HAS_AVX2 && is_x86_feature_detected!("avx512f") {
+            assert!(agrees_with_avx2(KernelKind::Avx512));
         }
     }
 
