@@ -396,9 +396,11 @@ def temporary_folder(parent):
 
 def tree_bytes(folder):
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size
+    # Not `rglob`, which fails where pip takes a folder away meanwhile.
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(place, name)).st_size
     return total
 
 
