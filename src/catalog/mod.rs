@@ -23,7 +23,7 @@ pub use listing::Entry;
 pub use manifest::Manifest;
 pub use source::Source;
 
-use crate::model::{GgufError, ModelFile};
+use crate::model::{ModelError, ModelFile};
 use intake::{Intake, Whole};
 
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +47,7 @@ pub enum CatalogError {
     #[error("{what} has SHA-256 {found}, but {expected} was announced; it was thrown away")]
     Digest { what: String, found: String, expected: String },
     #[error("{what} is not a model that can be served: {source}")]
-    Model { what: String, source: GgufError },
+    Model { what: String, source: ModelError },
     #[error("{0}")]
     Hub(#[from] hub::HubError),
     #[error("{0}")]

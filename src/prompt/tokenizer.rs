@@ -19,7 +19,7 @@ use tokenizers::{
 };
 
 use super::sentencepiece::SentencePiece;
-use crate::model::{Scheme, TokenKind, Vocabulary};
+use crate::model::{LLAMA_BPE_PATTERN, Scheme, TokenKind, Vocabulary};
 
 type Bpe = tokenizers::TokenizerImpl<
     BPE,
@@ -134,10 +134,12 @@ fn bpe(vocabulary: &Vocabulary, merges: &[String], pre_tokenizer: &str) -> Resul
         "smollm" => Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]).into(),
         "gpt-2" | "default" => ByteLevel::new(false, true, true).into(),
         "llama-bpe" => {
-            let pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-            let split =
-                Split::new(SplitPattern::Regex(pattern.into()), tokenizers::SplitDelimiterBehavior::Isolated, false)
-                    .map_err(|e| wrong(&e))?;
+            let split = Split::new(
+                SplitPattern::Regex(LLAMA_BPE_PATTERN.into()),
+                tokenizers::SplitDelimiterBehavior::Isolated,
+                false,
+            )
+            .map_err(|e| wrong(&e))?;
             Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()]).into()
         }
         other => return Err(wrong(&format!("pre-tokenizer `{other}` is not supported"))),
