@@ -92,7 +92,7 @@ fn describe(path: &Path, name: String, used_by: Vec<String>) -> Entry {
         name,
         format: if is_folder { "genai" } else { "gguf" },
         architecture,
-        parameters: (!numbers.is_empty()).then(|| numbers.values().fold(0, |n, m| n.saturating_add(*m))),
+        parameters: (!numbers.is_empty()).then(|| numbers.values().fold(0u64, |n, m| n.saturating_add(*m))),
         quantisation: numbers.into_iter().max_by_key(|(_, count)| *count).map(|(format, _)| format),
         size_bytes: size(path),
         sha256: manifest.as_ref().map(|manifest| manifest.sha256.clone()),

@@ -94,6 +94,11 @@ impl Span {
         }
     }
 
+    /// Whether it is the same place.
+    pub fn is(&self, other: &Self) -> bool {
+        std::ptr::eq(self.bytes(), other.bytes())
+    }
+
     /// Of numbers of type `ty`, the one at `at`.
     pub fn float(&self, ty: Type, at: usize) -> f32 {
         let bytes = self.bytes();

@@ -250,6 +250,10 @@ impl<'a> Walk<'a> {
             return Err(node.fault("does not read the tokens".into()));
         }
         let table = if node.op == "Gather" { self.plain_embedding(node)? } else { self.coded_embedding(node)? };
+        // A head that is the table of embeddings is not kept twice, as in GGUF.
+        if self.tensors.get("output.weight").is_some_and(|head| head.is(&table)) {
+            self.tensors.remove("output.weight");
+        }
         self.put("token_embd", table);
         Ok(())
     }

@@ -71,6 +71,17 @@ impl Matrix {
         Self { first: self.first + first, rows, ..self.clone() }
     }
 
+    /// Whether it is the same numbers, because it is the same bytes in the same order.
+    pub fn is(&self, other: &Self) -> bool {
+        let is_stored = match (&self.stored, &other.stored) {
+            (Stored::Rows { ty, data }, Stored::Rows { ty: other, data: bytes }) => ty == other && data.is(bytes),
+            (Stored::Columns { data, .. }, Stored::Columns { data: bytes, .. }) => data.is(bytes),
+            (Stored::Blocks(one), Stored::Blocks(other)) => one.is(other),
+            _ => false,
+        };
+        is_stored && (self.columns, self.first, self.rows) == (other.columns, other.first, other.rows)
+    }
+
     pub fn info(&self) -> TensorInfo {
         let (columns, rows) = (self.columns as u64, self.rows as u64);
         let dims = if self.is_vector { vec![columns] } else { vec![columns, rows] };
@@ -145,6 +156,15 @@ impl Matrix {
 }
 
 impl Blocks {
+    fn is(&self, other: &Self) -> bool {
+        let layout = |b: &Self| (b.bits, b.block, b.row_codes, b.zero_stride, b.zero, b.is_signed);
+        let is_zeros = match (&self.zeros, &other.zeros) {
+            (Some(one), Some(other)) => one.is(other),
+            (one, other) => one.is_none() && other.is_none(),
+        };
+        is_zeros && self.codes.is(&other.codes) && self.scales.is(&other.scales) && layout(self) == layout(other)
+    }
+
     fn code(&self, row: usize, at: usize) -> u8 {
         self.unpacked(self.codes.bytes(), row * self.row_codes + at)
     }
