@@ -27,12 +27,12 @@ const BLOCK_MAX: i64 = 1 << 12;
 pub fn read(graph: &Graph, config: &Config) -> Result<(ModelParams, BTreeMap<String, Matrix>), ModelError> {
     let mut walk = Walk { graph, config, tensors: BTreeMap::new(), epsilon: None, ffn_width: None, tables: None };
     walk.model()?;
-    graph.refuse_unread()?;
     let Walk { tensors, epsilon: Some(norm_epsilon), ffn_width: Some(ffn_width), tables: Some([cos, sin]), .. } = walk
     else {
         return Err(wrong("it has no layers".into()));
     };
     let (cos, sin) = (graph.initializer(cos)?, graph.initializer(sin)?);
+    graph.refuse_unread()?;
     let params = ModelParams {
         layers: config.layers,
         width: config.width,
