@@ -219,7 +219,7 @@ fn byte_token(token: &str) -> Option<u8> {
 }
 
 /// GPT-2's printable spelling of bytes, undone: each character of a token stands for one byte.
-fn byte_level(token: &str) -> Box<[u8]> {
+pub fn byte_level(token: &str) -> Box<[u8]> {
     let mut bytes = Vec::with_capacity(token.len());
     for c in token.chars() {
         match c as u32 {
