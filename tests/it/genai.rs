@@ -106,6 +106,27 @@ fn a_folder_is_served_as_the_file_of_the_same_weights_is() {
     }
 }
 
+/// `LIGHTCONE_GENAI_FOLDER` names where the folder is to be left, for `tests/data/genai_logits.py`.
+#[test]
+fn the_weights_of_a_folder_compute_what_onnxruntime_genai_computes_with_it() {
+    let written = small_folder(0, LAYOUTS[0]);
+    if let Some(path) = std::env::var_os("LIGHTCONE_GENAI_FOLDER") {
+        written.write(Path::new(&path));
+    }
+    let fixture: Value = serde_json::from_str(include_str!("../data/genai_logits.json")).unwrap();
+    let tokens: Vec<u32> = serde_json::from_value(fixture["tokens"].clone()).unwrap();
+    let file = opened(&written);
+    let logits = Reference::load(&runtime(), &file, tokens.len()).unwrap().logits(&tokens).unwrap();
+    let rows = fixture["logits"].as_object().unwrap();
+    assert_eq!(rows.len(), 4);
+    for (at, expected) in rows {
+        let found = &logits[at.parse::<usize>().unwrap() * 260..][..260];
+        let expected: Vec<f32> = serde_json::from_value(expected.clone()).unwrap();
+        let off = found.iter().zip(&expected).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(off < 2e-5 && expected.len() == 260, "{at}: {off}");
+    }
+}
+
 /// With as many tokens as the real model, and zeros for embeddings.
 fn folder_of_real_tokens() -> Folder {
     let vocabulary = &model().vocabulary;

@@ -140,7 +140,7 @@ fn change_value(value: &mut Value, random: &mut Random) {
                 let many = items.clone();
                 items.extend(many);
             }
-            4 => {
+            4 if !items.is_empty() => {
                 let item = random.below(items.len());
                 *len = Some(items.len() as u64);
                 items[item] = Value::Array { ty: 9, len: Some(random.awkward()), items: vec![] };

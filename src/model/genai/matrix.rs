@@ -183,3 +183,120 @@ impl Blocks {
         code ^ sign
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// As `MatMulNBits` defines it, from unpacked codes and zeros.
+    struct Plain {
+        bits: usize,
+        block: usize,
+        columns: usize,
+        rows: usize,
+        codes: Vec<u8>,
+        scales: Vec<f32>,
+        zeros: Vec<u8>,
+    }
+
+    impl Plain {
+        fn weight(&self, row: usize, column: usize) -> f32 {
+            let blocks = self.columns.div_ceil(self.block);
+            let block = row * blocks + column / self.block;
+            let code = self.codes[row * blocks * self.block + column];
+            self.scales[block] * (f32::from(code) - f32::from(self.zeros[block]))
+        }
+
+        fn packed(&self) -> Matrix {
+            let blocks = self.columns.div_ceil(self.block);
+            let pack = |row: &[u8]| match self.bits {
+                8 => row.to_vec(),
+                _ => row.chunks(2).map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4).collect(),
+            };
+            let packed = |codes: &[u8], of_row: usize| {
+                Span::Inline(Bytes::from(codes.chunks(of_row).flat_map(pack).collect::<Vec<_>>()))
+            };
+            let scales: Vec<u8> = self.scales.iter().flat_map(|x| x.to_le_bytes()).collect();
+            let stored = Stored::Blocks(Blocks {
+                bits: self.bits,
+                block: self.block,
+                blocks,
+                row_codes: blocks * self.block,
+                codes: packed(&self.codes, blocks * self.block),
+                scale_type: Type::F32,
+                scales: Span::Inline(Bytes::from(scales)),
+                zeros: Some(packed(&self.zeros, blocks)),
+                zero_stride: (blocks * self.bits).next_multiple_of(8) / self.bits,
+                zero: 0,
+                is_signed: false,
+            });
+            Matrix::new(self.columns, self.rows, stored)
+        }
+    }
+
+    fn plain() -> impl Strategy<Value = Plain> {
+        (prop::sample::select(vec![4usize, 8]), prop::sample::select(vec![32usize, 64, 128]), 1usize..9, 1usize..4)
+            .prop_flat_map(|(bits, block, runs, rows)| {
+                let (columns, blocks) = (runs * BLOCK, (runs * BLOCK).div_ceil(block));
+                let code = 0..=u8::MAX >> (8 - bits);
+                let codes = prop::collection::vec(code.clone(), rows * blocks * block);
+                let scales = prop::collection::vec(-1f32..1.0, rows * blocks);
+                let zeros = prop::collection::vec(code, rows * blocks);
+                (codes, scales, zeros).prop_map(move |(codes, scales, zeros)| Plain {
+                    bits,
+                    block,
+                    columns,
+                    rows,
+                    codes,
+                    scales,
+                    zeros,
+                })
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn codes_are_what_the_operator_takes_them_for(plain in plain()) {
+            let matrix = plain.packed();
+            let mut numbers = vec![0.0; plain.rows * plain.columns];
+            matrix.numbers(0, &mut numbers);
+            let empty = AffineBlock { codes: [0; BLOCK], scale: f16::ZERO, offset: f16::ZERO };
+            let mut blocks = vec![empty; plain.columns / BLOCK];
+            for row in 0..plain.rows {
+                matrix.slice(row, 1).affine(0, &mut blocks);
+                for column in 0..plain.columns {
+                    let wanted = plain.weight(row, column);
+                    prop_assert_eq!(numbers[row * plain.columns + column], wanted);
+                    let block = &blocks[column / BLOCK];
+                    let code = f32::from(block.codes[column % BLOCK]);
+                    // Scale and offset are rounded to half precision; no code and no zero is beyond 255.
+                    let bound = 255.0 * block.scale.to_f32().abs() / 1000.0 + 255.0 * 6e-8;
+                    let found = block.scale.to_f32() * code + block.offset.to_f32();
+                    prop_assert!((found - wanted).abs() <= bound, "{found} {wanted}");
+                }
+            }
+        }
+
+        #[test]
+        fn a_matrix_by_columns_is_the_one_by_rows(
+            columns in 1usize..40, rows in 1usize..40, numbers in prop::collection::vec(-9f32..9.0, 1600),
+        ) {
+            let by = |at: &dyn Fn(usize) -> usize| {
+                let bytes = (0..rows * columns).flat_map(|i| numbers[at(i)].to_le_bytes()).collect::<Vec<_>>();
+                Span::Inline(Bytes::from(bytes))
+            };
+            let ty = Type::F32;
+            let one = Matrix::new(columns, rows, Stored::Rows { ty, data: by(&|i| i) });
+            let turned = by(&|i| i % rows * columns + i / rows);
+            let other = Matrix::new(columns, rows, Stored::Columns { ty, data: turned, outputs: rows });
+            let (first, count) = (rows / 3, rows - rows / 3);
+            let [mut a, mut b] = [(); 2].map(|()| vec![0.0; count * columns]);
+            one.numbers(first, &mut a);
+            other.slice(first, count).numbers(0, &mut b);
+            prop_assert_eq!(a, b);
+        }
+    }
+}
