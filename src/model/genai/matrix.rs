@@ -192,6 +192,7 @@ mod tests {
     use super::*;
 
     /// As `MatMulNBits` defines it, from unpacked codes and zeros.
+    #[derive(Debug)]
     struct Plain {
         bits: usize,
         block: usize,
