@@ -33,10 +33,15 @@ pub fn base(cos: &Initializer, sin: &Initializer, head_size: usize, positions: u
         Type::Bf16 => 8e-3,
         _ => 5e-7,
     };
-    // The last pair turns slowest, and says most of the base: its angle at position 1 is base^(-(d - 2) / d).
+    // The last pair turns slowest, and says most of the base: its angle at position 1 is base^(-(d - 2) / d). It is
+    // read where it is large enough for half precision, and not yet half a turn.
     let last = pairs - 1;
-    let (cosine, sine) = found(1, last);
-    let estimate = sine.atan2(cosine).powf(-(pairs as f64) / last as f64);
+    let mut at = 1;
+    while at * 2 < positions && found(at, last).1 < 0.25 {
+        at *= 2;
+    }
+    let (cosine, sine) = found(at, last);
+    let estimate = (sine.atan2(cosine) / at as f64).powf(-(pairs as f64) / last as f64);
     if !estimate.is_finite() || estimate <= 1.0 {
         return Err(unknown());
     }
