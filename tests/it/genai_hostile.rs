@@ -315,7 +315,7 @@ fn changed_folders_are_read_or_refused_and_nothing_else() {
     while goes_on(cases) && faults.len() < 20 {
         let mut random = Random(first + cases);
         let place = tempfile::tempdir().unwrap();
-        small_folder([0, 2, 8][random.below(3)], LAYOUTS[random.below(2)]).write(place.path());
+        small_folder([0, 2, 8][random.below(3)], LAYOUTS[random.below(LAYOUTS.len())]).write(place.path());
         for _ in 0..1 + random.below(3) {
             // The graph has most to tell.
             let names =

@@ -245,16 +245,37 @@ impl<'a> Walk<'a> {
     }
 
     fn embedding(&mut self, value: &str) -> Result<(), ModelError> {
-        let node = self.graph.maker_of(value, 0, &["Gather", GATHER_NBITS])?;
+        let Config { width, .. } = *self.config;
+        let mut node = self.graph.maker_of(value, 0, &["Gather", GATHER_NBITS, "Slice"])?;
+        let mut row_codes = width;
+        if node.op == "Slice" {
+            // Rows of whole blocks: what was added to the last one is cut off.
+            self.first_columns(node, width)?;
+            node = self.graph.maker_of(node.input(0)?, 0, &[GATHER_NBITS])?;
+            row_codes = width.next_multiple_of(self.block_format(node)?.1);
+        }
         if node.input(1)? != "input_ids" {
             return Err(node.fault("does not read the tokens".into()));
         }
-        let table = if node.op == "Gather" { self.plain_embedding(node)? } else { self.coded_embedding(node)? };
+        let table =
+            if node.op == "Gather" { self.plain_embedding(node)? } else { self.coded_embedding(node, row_codes)? };
         // A head that is the table of embeddings is not kept twice, as in GGUF.
         if self.tensors.get("output.weight").is_some_and(|head| head.is(&table)) {
             self.tensors.remove("output.weight");
         }
         self.put("token_embd", table);
+        Ok(())
+    }
+
+    fn first_columns(&self, node: &Node, columns: usize) -> Result<(), ModelError> {
+        node.only_attributes(&[])?;
+        node.only_inputs(&[0, 1, 2, 3])?;
+        let wanted = [(1, 0), (2, columns as i64), (3, -1)];
+        for (input, wanted) in wanted {
+            if self.graph.integers(node.input(input)?)? != [wanted] {
+                return Err(node.fault(format!("does not take the first {columns} of each row")));
+            }
+        }
         Ok(())
     }
 
@@ -277,7 +298,7 @@ impl<'a> Walk<'a> {
         self.columns(turned.input(0)?, width, Some(vocabulary))
     }
 
-    fn coded_embedding(&self, node: &Node) -> Result<Matrix, ModelError> {
+    fn coded_embedding(&self, node: &Node, row_codes: usize) -> Result<Matrix, ModelError> {
         let Config { width, vocabulary, .. } = *self.config;
         node.only_attributes(&["bits", "block_size", "gather_axis", "quantize_axis"])?;
         node.expect("gather_axis", 0, 0)?;
@@ -289,7 +310,7 @@ impl<'a> Walk<'a> {
         } else {
             let reshaped = self.plain(node.input(0)?, &["Reshape"])?;
             let shape = self.graph.integers(reshaped.input(1)?)?;
-            if shape != [vocabulary as i64, (width * bits / 8) as i64] {
+            if shape != [vocabulary as i64, (row_codes * bits / 8) as i64] {
                 return Err(reshaped.fault(format!("makes the shape {shape:?}")));
             }
             self.graph.initializer(reshaped.input(0)?)?
@@ -305,7 +326,7 @@ impl<'a> Walk<'a> {
             bits,
             block,
             blocks,
-            row_codes: width,
+            row_codes,
             zero_stride: if is_packed { blocks } else { (blocks * bits).next_multiple_of(8) / bits },
             zero: if row.ty == Type::U4 { 0 } else { 1 << (bits - 1) },
             code_type: row.ty,

@@ -61,12 +61,18 @@ pub struct Initializer {
 pub struct Layout {
     /// One matrix for Q, K and V.
     pub is_fused: bool,
-    /// The head's matrix is the table of embeddings.
+    /// The head's matrix is the table of embeddings. Where it is not, zero points are stored.
     pub is_shared: bool,
+    /// Codes that have a scale together.
+    pub block: usize,
 }
 
-pub const LAYOUTS: [Layout; 2] =
-    [Layout { is_fused: true, is_shared: true }, Layout { is_fused: false, is_shared: false }];
+pub const LAYOUTS: [Layout; 3] = [
+    Layout { is_fused: true, is_shared: true, block: 32 },
+    Layout { is_fused: false, is_shared: false, block: 64 },
+    // Longer than a row: the rest is padding.
+    Layout { is_fused: true, is_shared: true, block: 128 },
+];
 
 const F32: i32 = 1;
 const U8: i32 = 2;
@@ -262,10 +268,11 @@ pub fn small_folder(matrix_type: u32, layout: Layout) -> Folder {
         let tensor = source.tensors.iter().find(|tensor| tensor.name.bytes == name.as_bytes()).expect("a tensor");
         read(tensor)
     };
-    let mut build = Builder { bits: if matrix_type == 8 { 8 } else { 4 }, nodes: Vec::new(), initializers: Vec::new() };
+    let bits = if matrix_type == 8 { 8 } else { 4 };
+    let mut build = Builder { bits, layout, nodes: Vec::new(), initializers: Vec::new() };
     build.lengths();
-    build.embedding(&rows("token_embd"), layout.is_shared);
-    build.layer(&rows, layout.is_fused);
+    let embedded = build.embedding(&rows("token_embd"));
+    build.layer(&rows, &embedded);
     build.linear("/lm_head/MatMul", &rows("token_embd"), "/model/layers.1/final_norm_layernorm/output_0", "logits");
     let Builder { nodes, initializers, .. } = build;
     let (tokenizer, tokenizer_config) = tokenizer(&source);
@@ -404,6 +411,7 @@ fn in_halves(matrix: Rows, head: usize) -> Rows {
 
 struct Builder {
     bits: usize,
+    layout: Layout,
     nodes: Vec<Node>,
     initializers: Vec<Initializer>,
 }
@@ -462,37 +470,42 @@ impl Builder {
         self.plain("Cast", &n("Gather/Cast"), &[&taken], vec![("to", Attribute::Int(6))]);
     }
 
-    fn embedding(&mut self, table: &Rows, is_shared: bool) {
-        let (rows, columns) = (table.rows.len(), table.columns);
-        if !is_shared {
+    /// What the embeddings are called.
+    fn embedding(&mut self, table: &Rows) -> String {
+        let (rows, columns, block) = (table.rows.len(), table.columns, self.layout.block);
+        if !self.layout.is_shared {
             let bytes = table.rows.iter().flat_map(|row| &row.numbers).flat_map(|x| x.to_le_bytes()).collect();
             self.put("model.embed_tokens.weight", &[rows, columns], F32, bytes);
             let inputs = ["model.embed_tokens.weight", "input_ids"];
-            self.plain("Gather", "/model/embed_tokens/Gather", &inputs, vec![]);
+            self.plain("Gather", "/model/embed_tokens/Gather", &inputs, vec![])
         } else if table.rows[0].codes.is_empty() {
             let perm = vec![("perm", Attribute::Ints(vec![1, 0]))];
             let turned = self.plain("Transpose", "/model/embed_tokens/Transpose", &["lm_head.MatMul.weight"], perm);
-            self.plain("Gather", "/model/embed_tokens/Gather", &[&turned, "input_ids"], vec![]);
+            self.plain("Gather", "/model/embed_tokens/Gather", &[&turned, "input_ids"], vec![])
         } else {
             let codes = format!("lm_head.MatMul.weight_Q{}", self.bits);
-            let shape = self.constant(&[2], &[rows as i64, (columns * self.bits / 8) as i64]);
+            let padded = columns.next_multiple_of(block);
+            let shape = self.constant(&[2], &[rows as i64, (padded * self.bits / 8) as i64]);
             let flat = self.plain("Reshape", "/model/embed_tokens/Reshape", &[&codes, &shape], vec![]);
             let attributes = vec![
                 ("bits", Attribute::Int(self.bits as i64)),
-                ("block_size", Attribute::Int(BLOCK as i64)),
+                ("block_size", Attribute::Int(block as i64)),
                 ("gather_axis", Attribute::Int(0)),
                 ("quantize_axis", Attribute::Int(1)),
             ];
             let inputs = [&flat, "input_ids", "lm_head.MatMul.weight_scales"];
-            // So that the layer finds it under one name.
-            let (name, output) = ("/model/embed_tokens/GatherBlockQuantized", "/model/embed_tokens/Gather/output_0");
-            self.add("GatherBlockQuantized", name, &inputs, &[output], attributes);
+            let name = "/model/embed_tokens/GatherBlockQuantized";
+            let gathered = self.plain("GatherBlockQuantized", name, &inputs, attributes);
+            if padded == columns {
+                return gathered;
+            }
+            let [from, to, axis] = [0, columns as i64, -1].map(|n| self.constant(&[1], &[n]));
+            self.plain("Slice", "/model/embed_tokens/Slice", &[&gathered, &from, &to, &axis], vec![])
         }
     }
 
-    fn layer(&mut self, rows: &dyn Fn(&str) -> Rows, is_fused: bool) {
+    fn layer(&mut self, rows: &dyn Fn(&str) -> Rows, embedded: &str) {
         let n = |part: &str| format!("/model/layers.0/{part}");
-        let embedded = "/model/embed_tokens/Gather/output_0";
         let epsilon = || ("epsilon", Attribute::Float(1e-5));
         self.norm("model.layers.0.input_layernorm.weight", &rows("blk.0.attn_norm"));
         let attributes = vec![epsilon(), ("axis", Attribute::Int(-1)), ("stash_type", Attribute::Int(1))];
@@ -504,7 +517,7 @@ impl Builder {
         let k = in_halves(rows("blk.0.attn_k"), 32);
         let v = rows("blk.0.attn_v");
         let mut taken = [const { String::new() }; 3];
-        if is_fused {
+        if self.layout.is_fused {
             let all = Rows { columns: q.columns, rows: [q.rows, k.rows, v.rows].concat() };
             taken[0] = self.product(&n("attn/qkv_proj/MatMul"), &all, &normed);
         } else {
@@ -593,24 +606,39 @@ impl Builder {
             self.add("MatMul", name, &[from, &weight], &[to], vec![]);
             return;
         }
-        let blocks = columns / BLOCK;
+        let (block, zero) = (self.layout.block, 1u8 << (self.bits - 1));
+        let blocks = columns.div_ceil(block);
         let (codes, scales) = (format!("{weight}_Q{}", self.bits), format!("{weight}_scales"));
-        let packed = matrix.rows.iter().flat_map(|row| match self.bits {
-            8 => row.codes.clone(),
-            _ => row.codes.as_chunks::<2>().0.iter().map(|[low, high]| low | high << 4).collect(),
-        });
-        let packed = packed.collect();
-        self.put(&codes, &[rows, blocks, BLOCK * self.bits / 8], U8, packed);
-        let bytes = matrix.rows.iter().flat_map(|row| &row.scales).flat_map(|x| x.to_le_bytes()).collect();
+        let pack = |mut row: Vec<u8>, to: usize| {
+            row.resize(to, zero);
+            match self.bits {
+                8 => row,
+                _ => row.chunks(2).map(|pair| pair[0] | pair.get(1).unwrap_or(&0) << 4).collect(),
+            }
+        };
+        let packed = matrix.rows.iter().flat_map(|row| pack(row.codes.clone(), blocks * block)).collect();
+        let zeros: Vec<u8> = (0..rows).flat_map(|_| pack(vec![zero; blocks], blocks)).collect();
+        self.put(&codes, &[rows, blocks, block * self.bits / 8], U8, packed);
+        let scale = |scales: &[f32]| {
+            assert!(scales.iter().all(|scale| *scale == scales[0]), "a block has one scale");
+            scales[0].to_le_bytes()
+        };
+        let bytes = matrix.rows.iter().flat_map(|row| row.scales.chunks(block / BLOCK).flat_map(scale)).collect();
         self.put(&scales, &[rows, blocks], F32, bytes);
+        let mut inputs = vec![from, &codes, &scales];
+        let zero_points = format!("{weight}_zero_points");
+        if !self.layout.is_shared {
+            self.put(&zero_points, &[rows, zeros.len() / rows], U8, zeros);
+            inputs.push(&zero_points);
+        }
         let attributes = vec![
             ("K", Attribute::Int(columns as i64)),
             ("N", Attribute::Int(rows as i64)),
             ("accuracy_level", Attribute::Int(4)),
             ("bits", Attribute::Int(self.bits as i64)),
-            ("block_size", Attribute::Int(BLOCK as i64)),
+            ("block_size", Attribute::Int(block as i64)),
         ];
         let name = format!("{name}_Q{}", self.bits);
-        self.add("MatMulNBits", &name, &[from, &codes, &scales], &[to], attributes);
+        self.add("MatMulNBits", &name, &inputs, &[to], attributes);
     }
 }
