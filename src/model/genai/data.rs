@@ -99,14 +99,30 @@ impl Span {
         std::ptr::eq(self.bytes(), other.bytes())
     }
 
-    /// Of numbers of type `ty`, the one at `at`.
-    pub fn float(&self, ty: Type, at: usize) -> f32 {
+    /// Of numbers of type `ty`, those from `from` on.
+    pub fn floats(&self, ty: Type, from: usize, out: &mut [f32]) {
         let bytes = self.bytes();
         match ty {
-            Type::F16 => f16::from_le_bytes([bytes[at * 2], bytes[at * 2 + 1]]).to_f32(),
-            Type::Bf16 => bf16::from_le_bytes([bytes[at * 2], bytes[at * 2 + 1]]).to_f32(),
-            _ => f32::from_le_bytes(std::array::from_fn(|i| bytes[at * 4 + i])),
+            Type::F16 | Type::Bf16 => {
+                let halves = bytes[from * 2..][..out.len() * 2].as_chunks::<2>().0;
+                let of = |half: [u8; 2]| match ty {
+                    Type::F16 => f16::from_le_bytes(half).to_f32(),
+                    _ => bf16::from_le_bytes(half).to_f32(),
+                };
+                out.iter_mut().zip(halves).for_each(|(out, half)| *out = of(*half));
+            }
+            _ => {
+                let numbers = bytes[from * 4..][..out.len() * 4].as_chunks::<4>().0;
+                out.iter_mut().zip(numbers).for_each(|(out, number)| *out = f32::from_le_bytes(*number));
+            }
         }
+    }
+
+    /// The one at `at`.
+    pub fn float(&self, ty: Type, at: usize) -> f32 {
+        let mut number = [0.0];
+        self.floats(ty, at, &mut number);
+        number[0]
     }
 }
 

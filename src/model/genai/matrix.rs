@@ -103,27 +103,26 @@ impl Matrix {
         const ROWS: usize = 16;
         let from = self.first + from;
         match &self.stored {
-            Stored::Rows { ty, data } => {
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out = data.float(*ty, from * self.columns + i);
-                }
-            }
+            Stored::Rows { ty, data } => data.floats(*ty, from * self.columns, out),
             Stored::Columns { ty, data, outputs } => {
                 for (tile, out) in out.chunks_mut(ROWS * self.columns).enumerate() {
+                    let mut neighbours = [0.0; ROWS];
+                    let neighbours = &mut neighbours[..out.len() / self.columns];
                     for column in 0..self.columns {
-                        let at = column * outputs + from + tile * ROWS;
-                        for (i, row) in out.chunks_exact_mut(self.columns).enumerate() {
-                            row[column] = data.float(*ty, at + i);
+                        data.floats(*ty, column * outputs + from + tile * ROWS, neighbours);
+                        for (row, number) in out.chunks_exact_mut(self.columns).zip(&*neighbours) {
+                            row[column] = *number;
                         }
                     }
                 }
             }
             Stored::Blocks(blocks) => {
                 for (row, out) in out.chunks_exact_mut(self.columns).enumerate() {
-                    for (at, out) in out.chunks_mut(blocks.block).enumerate() {
-                        let (scale, zero) = blocks.scale_and_zero(from + row, at);
-                        for (i, out) in out.iter_mut().enumerate() {
-                            *out = (f32::from(blocks.code(from + row, at * blocks.block + i)) - zero) * scale;
+                    for (at, out) in out.chunks_mut(BLOCK).enumerate() {
+                        let (scale, zero) = blocks.scale_and_zero(from + row, at * BLOCK / blocks.block);
+                        let codes = blocks.codes(from + row, at * BLOCK);
+                        for (out, code) in out.iter_mut().zip(codes) {
+                            *out = (f32::from(code) - zero) * scale;
                         }
                     }
                 }
@@ -139,7 +138,7 @@ impl Matrix {
                 let (scale, zero) = blocks.scale_and_zero(row, at * BLOCK / blocks.block);
                 let scale = f16::from_f32(scale);
                 *out = AffineBlock {
-                    codes: std::array::from_fn(|i| blocks.code(row, at * BLOCK + i)),
+                    codes: blocks.codes(row, at * BLOCK),
                     scale,
                     // Of the rounded scale, so that what was zero is zero wherever the product fits.
                     offset: f16::from_f32(-zero * scale.to_f32()),
@@ -165,22 +164,37 @@ impl Blocks {
         is_zeros && self.codes.is(&other.codes) && self.scales.is(&other.scales) && layout(self) == layout(other)
     }
 
-    fn code(&self, row: usize, at: usize) -> u8 {
-        self.unpacked(self.codes.bytes(), row * self.row_codes + at)
+    /// Those from `from` on, of which an even number is before them; zeros, where the tensor ends before that.
+    fn codes(&self, row: usize, from: usize) -> [u8; BLOCK] {
+        let at = (row * self.row_codes + from) * self.bits / 8;
+        let bytes = &self.codes.bytes()[at..];
+        let bytes = &bytes[..bytes.len().min(BLOCK * self.bits / 8)];
+        let mut codes = [0; BLOCK];
+        if self.bits == 8 {
+            codes[..bytes.len()].copy_from_slice(bytes);
+        } else {
+            for (pair, byte) in codes.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
+                *pair = [byte & 15, byte >> 4];
+            }
+        }
+        codes.map(|code| code ^ self.sign())
+    }
+
+    /// What makes a stored code an unsigned one.
+    fn sign(&self) -> u8 {
+        if self.is_signed { 1 << (self.bits - 1) } else { 0 }
     }
 
     fn scale_and_zero(&self, row: usize, block: usize) -> (f32, f32) {
         let scale = self.scales.float(self.scale_type, row * self.blocks + block);
-        let stored = |zeros: &Span| self.unpacked(zeros.bytes(), row * self.zero_stride + block);
+        let stored = |zeros: &Span| {
+            let (bytes, at) = (zeros.bytes(), row * self.zero_stride + block);
+            // The low half of a byte comes first.
+            let zero = if self.bits == 8 { bytes[at] } else { bytes[at / 2] >> (at % 2 * 4) & 15 };
+            zero ^ self.sign()
+        };
         let zero = self.zeros.as_ref().map_or(self.zero, stored);
         (scale, f32::from(zero))
-    }
-
-    /// The low half of a byte comes first.
-    fn unpacked(&self, bytes: &[u8], at: usize) -> u8 {
-        let sign = if self.is_signed { 1 << (self.bits - 1) } else { 0 };
-        let code = if self.bits == 8 { bytes[at] } else { bytes[at / 2] >> (at % 2 * 4) & 15 };
-        code ^ sign
     }
 }
 

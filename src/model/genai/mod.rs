@@ -3,8 +3,8 @@
 //! The graph in `model.onnx` is never run. It is read: each of its nodes has to be what a decoder of the Llama
 //! family has in that place, and what it holds becomes the sizes, constants and tensors of ours, under GGUF's
 //! names. Promises that a node, an input, an attribute or an initializer that nobody reads is an error, that no
-//! count, shape or offset is believed before it was held against the file's size, and that no file outside the
-//! folder is opened.
+//! count, shape or offset is believed before it was held against the file's size, and that no name that stands in a
+//! file leads out of the folder.
 //!
 //! Source: `src/python/py/models` of onnxruntime-genai, whose output this reads; `ContribOperators.md` of
 //! ONNX Runtime for what its operators compute.
