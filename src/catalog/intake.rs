@@ -4,12 +4,13 @@
 //! one unfinished pull takes up space, and nothing is ever continued with the bytes of something else.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, Write},
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags};
 use sha2::{Digest, Sha256};
 
 use super::{CatalogError, Progress, Report, io_at};
@@ -62,19 +63,27 @@ impl Intake {
         Ok(work)
     }
 
+    /// Takes something away: at once by its name, and then in peace.
+    pub fn discard(&self, path: &Path) -> Result<(), CatalogError> {
+        let gone = self.folder.join("gone");
+        remove(&gone)?;
+        fs::rename(path, &gone).map_err(io_at(path))?;
+        remove(&gone)
+    }
+
     /// Leaves nothing but the lock.
     pub fn clear(&self) -> Result<(), CatalogError> {
         // The ticket goes first: without one the work is nobody's.
-        for (path, remove) in [
-            (self.folder.join("ticket"), fs::remove_file as fn(PathBuf) -> io::Result<()>),
-            (self.folder.join("work"), fs::remove_dir_all),
-        ] {
-            match remove(path.clone()) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_at(&path)(error)),
-                _ => {}
-            }
-        }
-        Ok(())
+        ["ticket", "work", "gone"].iter().try_for_each(|name| remove(&self.folder.join(name)))
+    }
+}
+
+/// A file, a folder with all that is in it, or nothing.
+fn remove(path: &Path) -> Result<(), CatalogError> {
+    let is_folder = path.symlink_metadata().is_ok_and(|found| found.is_dir());
+    match if is_folder { fs::remove_dir_all(path) } else { fs::remove_file(path) } {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_at(path)(error)),
+        _ => Ok(()),
     }
 }
 
@@ -87,7 +96,7 @@ pub struct Part {
     total: u64,
 }
 
-/// A file of which all has arrived.
+/// A file, or a folder of files, of which all has arrived.
 pub struct Whole {
     pub path: PathBuf,
     pub sha256: String,
@@ -169,24 +178,112 @@ impl Whole {
     /// One that somebody else wrote.
     pub fn written(path: PathBuf) -> Result<Self, CatalogError> {
         let sha256 = digest(&path)?;
-        let file = File::open(&path).map_err(io_at(&path))?;
-        file.sync_all().map_err(io_at(&path))?;
-        let bytes = file.metadata().map_err(io_at(&path))?.len();
+        let mut bytes = 0;
+        for (_, file) in files(&path)? {
+            bytes += sync(&file)?.metadata().map_err(io_at(&file))?.len();
+        }
+        if path.is_dir() {
+            sync(&path)?;
+        }
         Ok(Self { path, sha256, bytes })
     }
 
+    /// Puts it where it belongs, in one step, whatever has been there.
     pub fn rename(&self, to: &Path) -> Result<(), CatalogError> {
-        fs::rename(&self.path, to).map_err(io_at(to))?;
-        let folder = to.parent().unwrap_or(Path::new("."));
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(io_at(folder))
+        if to.symlink_metadata().is_ok() && (to.is_dir() || self.path.is_dir()) {
+            self.exchange(to)?;
+        } else {
+            fs::rename(&self.path, to).map_err(io_at(to))?;
+        }
+        sync(to.parent().unwrap_or(Path::new("."))).map(drop)
+    }
+
+    /// What was there is in the intake then, and is cleared with it.
+    fn exchange(&self, to: &Path) -> Result<(), CatalogError> {
+        let flags = RenameFlags::RENAME_EXCHANGE;
+        match nix::fcntl::renameat2(AT_FDCWD, &self.path, AT_FDCWD, to, flags) {
+            // A file system that cannot: for a moment, the name is nobody's.
+            Err(nix::Error::EINVAL | nix::Error::ENOSYS) => {
+                let old = self.path.with_extension("old");
+                fs::rename(to, &old).and_then(|()| fs::rename(&self.path, to)).map_err(io_at(to))
+            }
+            done => done.map_err(|error| io_at(to)(error.into())),
+        }
     }
 }
 
-/// SHA-256 of a file, in hexadecimal.
+/// Files that arrive one by one, and are one model: the folder `model` of the work.
+pub struct Tree {
+    work: PathBuf,
+    folder: PathBuf,
+    bytes: u64,
+}
+
+impl Tree {
+    /// Goes on with the files that an earlier try left there.
+    pub fn open(work: &Path) -> Result<Self, CatalogError> {
+        let folder = work.join("model");
+        fs::create_dir_all(&folder).map_err(io_at(&folder))?;
+        Ok(Self { work: work.to_owned(), folder, bytes: 0 })
+    }
+
+    /// Whether a file is there already; only whole ones ever are.
+    pub fn has(&mut self, name: &str, bytes: u64) -> bool {
+        let is_there = self.folder.join(name).metadata().is_ok_and(|found| found.is_file() && found.len() == bytes);
+        self.bytes += if is_there { bytes } else { 0 };
+        is_there
+    }
+
+    pub fn part(&self, bytes: u64) -> Result<Part, CatalogError> {
+        Part::open(&self.work, bytes)
+    }
+
+    pub fn add(&mut self, name: &str, whole: Whole) -> Result<(), CatalogError> {
+        self.bytes += whole.bytes;
+        whole.rename(&self.folder.join(name))
+    }
+
+    pub fn finish(self) -> Result<Whole, CatalogError> {
+        Ok(Whole { sha256: digest(&self.folder)?, path: self.folder, bytes: self.bytes })
+    }
+}
+
+fn sync(path: &Path) -> Result<File, CatalogError> {
+    File::open(path).and_then(|file| file.sync_all().map(|()| file)).map_err(io_at(path))
+}
+
+/// SHA-256 in hexadecimal: of a file; of a folder, that of the lines that `sha256sum` writes of its files, in the
+/// order of their names.
 pub fn digest(path: &Path) -> Result<String, CatalogError> {
-    let mut sha = Sha256::new();
-    File::open(path).and_then(|mut file| hash(&mut file, &mut sha)).map_err(io_at(path))?;
-    Ok(hex::encode(sha.finalize()))
+    let of = |path: &Path| {
+        let mut sha = Sha256::new();
+        File::open(path).and_then(|mut file| hash(&mut file, &mut sha)).map_err(io_at(path))?;
+        Ok(hex::encode(sha.finalize()))
+    };
+    if !path.is_dir() {
+        return of(path);
+    }
+    let mut lines = Sha256::new();
+    for (name, file) in files(path)? {
+        lines.update(format!("{}  {name}\n", of(&file)?));
+    }
+    Ok(hex::encode(lines.finalize()))
+}
+
+/// The files of a model by their names: of a folder, those directly in it that are not hidden.
+pub fn files(path: &Path) -> Result<BTreeMap<String, PathBuf>, CatalogError> {
+    if !path.is_dir() {
+        return Ok(BTreeMap::from([(String::new(), path.to_owned())]));
+    }
+    let mut files = BTreeMap::new();
+    for entry in fs::read_dir(path).map_err(io_at(path))? {
+        let file = entry.map_err(io_at(path))?.path();
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if !name.starts_with('.') && file.is_file() {
+            files.insert(name, file);
+        }
+    }
+    Ok(files)
 }
 
 /// Reads to the end, in pieces.

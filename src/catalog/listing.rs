@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs, io, path::Path};
 use serde::Serialize;
 
 use super::{Catalog, CatalogError, Manifest, io_at};
-use crate::model::{Gguf, ModelFile};
+use crate::model::{CONFIG_FILE, Genai, Gguf, ModelFile, TensorInfo};
 
 /// One model, as people see it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -65,38 +65,54 @@ impl Catalog {
 /// Whether a path in the folder is a model, as opposed to a manifest or to something of somebody else's.
 pub fn is_model(path: &Path) -> bool {
     let is_hidden = path.file_name().is_none_or(|name| name.to_string_lossy().starts_with('.'));
-    !is_hidden && path.extension().is_some_and(|extension| extension == "gguf") && path.is_file()
+    let is_file = || path.extension().is_some_and(|extension| extension == "gguf") && path.is_file();
+    !is_hidden && (is_file() || path.join(CONFIG_FILE).is_file())
 }
 
 fn describe(path: &Path, name: String, used_by: Vec<String>) -> Entry {
     let manifest = Manifest::read(path);
-    let mut entry = Entry {
+    let is_folder = path.is_dir();
+    let opened = ModelFile::open(path);
+    // A model that cannot be served has an architecture all the same, and a GGUF file has tensors.
+    let (architecture, tensors) = if is_folder {
+        (Genai::architecture(path).ok(), opened.as_ref().map_or(Vec::new(), |file| infos(file)))
+    } else {
+        Gguf::open(path).map_or((None, Vec::new()), |gguf| {
+            let tensors = gguf.tensor_names().filter_map(|name| Some(gguf.tensor(name).ok()?.info()));
+            (gguf.str("general.architecture").ok().map(str::to_owned), tensors.collect())
+        })
+    };
+    let mut numbers = BTreeMap::<String, u64>::new();
+    for tensor in tensors {
+        let count = tensor.dims.iter().fold(1u64, |n, d| n.saturating_mul(*d));
+        let format = numbers.entry(tensor.format).or_default();
+        *format = format.saturating_add(count);
+    }
+    Entry {
         name,
-        format: "gguf",
-        architecture: None,
-        quantisation: None,
-        parameters: None,
-        size_bytes: path.metadata().ok().map(|found| found.len()),
+        format: if is_folder { "genai" } else { "gguf" },
+        architecture,
+        parameters: (!numbers.is_empty()).then(|| numbers.values().fold(0u64, |n, m| n.saturating_add(*m))),
+        quantisation: numbers.into_iter().max_by_key(|(_, count)| *count).map(|(format, _)| format),
+        size_bytes: size(path),
         sha256: manifest.as_ref().map(|manifest| manifest.sha256.clone()),
         source: manifest.map(|manifest| manifest.source),
         used_by,
-        fault: None,
-    };
-    // The container first: a file that cannot be served has an architecture all the same.
-    match Gguf::open(path) {
-        Ok(gguf) => {
-            entry.architecture = gguf.str("general.architecture").ok().map(str::to_owned);
-            let mut numbers = BTreeMap::<String, u64>::new();
-            for tensor in gguf.tensor_names().filter_map(|name| gguf.tensor(name).ok()) {
-                let count = tensor.dims.iter().fold(1u64, |n, d| n.saturating_mul(*d));
-                let ty = numbers.entry(format!("{:?}", tensor.ty)).or_default();
-                *ty = ty.saturating_add(count);
-            }
-            entry.parameters = Some(numbers.values().fold(0, |n, m| n.saturating_add(*m)));
-            entry.quantisation = numbers.into_iter().max_by_key(|(_, count)| *count).map(|(ty, _)| ty);
-            entry.fault = ModelFile::open(path).err().map(|error| error.to_string());
-        }
-        Err(error) => entry.fault = Some(error.to_string()),
+        fault: opened.err().map(|error| error.to_string()),
     }
-    entry
+}
+
+fn infos(file: &ModelFile) -> Vec<TensorInfo> {
+    let names = file.tensors.tensor_names().into_iter();
+    names.filter_map(|name| file.tensors.tensor(name).ok()).collect()
+}
+
+/// Of a file, or of all files of a folder.
+fn size(path: &Path) -> Option<u64> {
+    let found = path.metadata().ok()?;
+    if !found.is_dir() {
+        return Some(found.len());
+    }
+    let files = fs::read_dir(path).ok()?.flatten().filter_map(|file| file.path().metadata().ok());
+    Some(files.filter(|file| file.is_file()).map(|file| file.len()).sum())
 }

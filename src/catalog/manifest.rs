@@ -18,10 +18,11 @@ const BYTES_MAX: u64 = 64 << 10;
 pub struct Manifest {
     /// As `pull` would take it again.
     pub source: String,
-    /// Of the file as it was placed.
+    /// Of the file as it was placed; of a folder, that of the lines `<sha256>  <name>` of its files, in the order
+    /// of their names.
     pub sha256: String,
     pub bytes: u64,
-    /// Whether the source gave a digest, and it was this one.
+    /// Whether the source gave a digest (of each file), and it was this one.
     pub is_announced: bool,
     /// Unix seconds.
     pub pulled_at: u64,

@@ -1,8 +1,8 @@
 //! The models folder as a catalogue: what is in it, where it came from, and the way of something new into it.
 //!
-//! Promises that a name in the catalogue is always a whole file: what is pulled is written elsewhere, held
-//! against the digest that its source gives, opened as a model, and only then renamed into place, with a
-//! manifest beside it. A pull that broke goes on where it stopped; two pulls at once do not happen; what is
+//! Promises that a name in the catalogue is always a whole model, a file or a folder: what is pulled is written
+//! elsewhere, held against the digest that its source gives, opened as a model, and only then renamed into place,
+//! with a manifest beside it. A pull that broke goes on where it stopped; two pulls at once do not happen; what is
 //! left over on the disk is at most one unfinished pull. Never decides what is served: that is the
 //! configuration's.
 
@@ -23,7 +23,7 @@ pub use listing::Entry;
 pub use manifest::Manifest;
 pub use source::Source;
 
-use crate::model::{GgufError, ModelFile};
+use crate::model::{ModelError, ModelFile};
 use intake::{Intake, Whole};
 
 #[derive(Debug, thiserror::Error)]
@@ -42,12 +42,12 @@ pub enum CatalogError {
     Unknown { name: String, folder: PathBuf },
     #[error("`{name}` is used by {used_by}; take it out of the configuration, or say --force")]
     InUse { name: String, used_by: String },
-    #[error("there is another file `{0}` in the catalogue; give a new --name, or say --force")]
+    #[error("there is another model `{0}` in the catalogue; give a new --name, or say --force")]
     Occupied(String),
     #[error("{what} has SHA-256 {found}, but {expected} was announced; it was thrown away")]
     Digest { what: String, found: String, expected: String },
     #[error("{what} is not a model that can be served: {source}")]
-    Model { what: String, source: GgufError },
+    Model { what: String, source: ModelError },
     #[error("{0}")]
     Hub(#[from] hub::HubError),
     #[error("{0}")]
@@ -80,7 +80,7 @@ type Report<'a> = &'a mut dyn FnMut(Progress);
 /// How a pull is to go.
 #[derive(Clone, Debug, Default)]
 pub struct PullOptions {
-    /// In the catalogue; the source's own name of the file where absent.
+    /// In the catalogue; the source's own name of the file or folder where absent.
     pub name: Option<String>,
     /// Replaces what has the name already.
     pub force: bool,
@@ -110,6 +110,9 @@ impl Catalog {
             Source::Hub(hub) => {
                 let found = hub::find(hub)?;
                 let name = options.name.as_deref().unwrap_or(found.name());
+                if !options.force && self.is_from(name, found.pinned())? {
+                    return Ok(name.to_owned());
+                }
                 if !options.force && self.has(name, found.sha256())? {
                     self.note(name, &found.manifest())?;
                     return Ok(name.to_owned());
@@ -134,12 +137,19 @@ impl Catalog {
         if !used_by.is_empty() && !force {
             return Err(CatalogError::InUse { name: name.to_owned(), used_by: used_by.join(", ") });
         }
-        let _intake = Intake::open(&self.folder)?;
+        let intake = Intake::open(&self.folder)?;
         let path = self.path(name);
-        let is_folder = path.symlink_metadata().is_ok_and(|found| found.is_dir());
-        let removed = if is_folder { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-        removed.map_err(io_at(&path))?;
+        intake.discard(&path)?;
         manifest::remove(&path)
+    }
+
+    /// Whether what has the name came from this very source, and is as it was then.
+    fn is_from(&self, name: &str, pinned: &str) -> Result<bool, CatalogError> {
+        let path = self.path(name);
+        match Manifest::read(&path).filter(|manifest| manifest.source == pinned && path.exists()) {
+            Some(manifest) => Ok(intake::digest(&path)? == manifest.sha256),
+            None => Ok(false),
+        }
     }
 
     /// Whether the catalogue has this very file under the name. Another file of that name is a fault.
@@ -149,7 +159,7 @@ impl Catalog {
             return Ok(false);
         }
         match sha256 {
-            Some(sha256) if path.is_file() && intake::digest(&path)? == sha256 => Ok(true),
+            Some(sha256) if intake::digest(&path)? == sha256 => Ok(true),
             _ => Err(CatalogError::Occupied(name.to_owned())),
         }
     }

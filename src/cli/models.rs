@@ -17,7 +17,7 @@ pub enum Models {
     List,
     /// Bring a model into the catalogue; one that broke off goes on where it stopped
     Pull {
-        /// hf:owner/name[/file][@revision], pypi:name[==version], or a file
+        /// hf:owner/name[/file or folder][@revision], pypi:name[==version], or a file or folder
         source: String,
         /// Its name in the catalogue
         #[arg(long)]
@@ -71,7 +71,7 @@ pub fn run(config: &Config, command: Models, output: Output) -> Result<(), CliEr
     }
 }
 
-/// The configured models that need a file of the catalogue.
+/// The configured models that need a model of the catalogue.
 fn used_by(config: &Config, name: &str) -> Vec<String> {
     let uses = config.models.iter().filter(|(_, model)| model.file.as_os_str() == name);
     uses.map(|(id, _)| id.to_string()).collect()

@@ -35,13 +35,13 @@ impl MemoryNeed {
 
 /// What the matrices take when they are packed, and the embeddings, which are read where they lie in the file.
 fn weight_bytes(file: &ModelFile) -> u64 {
-    let head_is_tied = !file.gguf.has_tensor("output.weight");
-    let tensors = file.gguf.tensor_names().filter_map(|name| Some((name, file.gguf.tensor(name).ok()?)));
-    let bytes = tensors.map(|(name, tensor)| {
+    let head_is_tied = !file.tensors.has_tensor("output.weight");
+    let tensors = file.tensors.tensor_names().into_iter();
+    let bytes = tensors.filter_map(|name| Some((name, file.tensors.tensor(name).ok()?))).map(|(name, tensor)| {
         let numbers = tensor.dims.iter().product::<u64>();
         // Half a byte or a whole one a number, and for each 32 of them a scale and an offset in half precision.
         let packed = if tensor.affine_bits() > 4 { numbers } else { numbers / 2 } + numbers / 8;
-        let stored = file.gguf.bytes(tensor).len() as u64;
+        let stored = tensor.bytes;
         match name {
             "token_embd.weight" if head_is_tied => stored + packed,
             "token_embd.weight" => stored,

@@ -36,7 +36,7 @@ pub use onnx::OnnxRuntime;
 
 use crate::{
     domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, Usage},
-    model::{GgufError, ModelFile},
+    model::{ModelError, ModelFile},
     telemetry::Metrics,
 };
 
@@ -130,7 +130,7 @@ pub enum EngineError {
     #[error("execution provider `{0}` is not available: {1}")]
     Provider(String, String),
     #[error(transparent)]
-    Model(#[from] GgufError),
+    Model(#[from] ModelError),
     #[error("{0}")]
     Limits(String),
     #[error("the engine already has as many requests as it may hold")]

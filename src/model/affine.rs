@@ -8,7 +8,7 @@
 use half::f16;
 
 use super::{
-    Gguf, GgufError, TensorInfo, TensorType,
+    Gguf, GgufTensor, ModelError, TensorType,
     dequantize::{dequantize, fifth_bits, half_at, k_run},
 };
 
@@ -28,11 +28,11 @@ impl Gguf {
     ///
     /// # Errors
     /// The row is no whole number of blocks, or has a value that is not a finite number of half precision.
-    pub fn affine_row(&self, name: &str, row: usize, out: &mut [AffineBlock]) -> Result<(), GgufError> {
+    pub fn affine_row(&self, name: &str, row: usize, out: &mut [AffineBlock]) -> Result<(), ModelError> {
         let info = self.tensor(name)?;
         let columns = info.dims[0] as usize;
         if columns != out.len() * BLOCK {
-            return Err(GgufError::WrongShape {
+            return Err(ModelError::WrongShape {
                 name: name.to_owned(),
                 found: info.dims.clone(),
                 expected: vec![(out.len() * BLOCK) as u64],
@@ -61,11 +61,11 @@ impl Gguf {
             }
         }
         let is_finite = |block: &AffineBlock| block.scale.is_finite() && block.offset.is_finite();
-        if out.iter().all(is_finite) { Ok(()) } else { Err(GgufError::NotFinite(name.to_owned())) }
+        if out.iter().all(is_finite) { Ok(()) } else { Err(ModelError::NotFinite(name.to_owned())) }
     }
 }
 
-impl TensorInfo {
+impl GgufTensor {
     /// Bits of a code in this tensor's [`AffineBlock`]s.
     pub fn affine_bits(&self) -> u32 {
         exact_bits(self.ty).unwrap_or(8)
@@ -103,7 +103,7 @@ fn exact(ty: TensorType, b: &[u8]) -> AffineBlock {
 }
 
 /// To the nearest of 255 values around zero. An infinity or a NaN makes the scale one, too.
-fn rounded(numbers: &[f32; BLOCK]) -> AffineBlock {
+pub(super) fn rounded(numbers: &[f32; BLOCK]) -> AffineBlock {
     let largest = numbers.iter().fold(0f32, |most, x| if x.abs() > most || x.is_nan() { x.abs() } else { most });
     let scale = f16::from_f32(largest / 127.0);
     let inverse = if scale.to_f32() > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };

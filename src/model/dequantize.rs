@@ -4,20 +4,20 @@
 
 use half::{bf16, f16};
 
-use super::{Gguf, GgufError, TensorType};
+use super::{Gguf, ModelError, TensorType};
 
 impl Gguf {
     /// Writes rows `first_row..` of a tensor into `out` (`rows * columns` numbers, row-major).
     ///
     /// # Errors
     /// The tensor is missing, `out` is not a whole number of its rows, or a value is not finite.
-    pub fn dequantize_rows(&self, name: &str, first_row: usize, out: &mut [f32]) -> Result<(), GgufError> {
+    pub fn dequantize_rows(&self, name: &str, first_row: usize, out: &mut [f32]) -> Result<(), ModelError> {
         let info = self.tensor(name)?;
         let columns = info.dims[0] as usize;
         let rows_all = info.dims[1..].iter().product::<u64>() as usize;
         let rows = out.len() / columns;
         if !out.len().is_multiple_of(columns) || first_row + rows > rows_all {
-            return Err(GgufError::WrongShape {
+            return Err(ModelError::WrongShape {
                 name: name.to_owned(),
                 found: info.dims.clone(),
                 expected: vec![columns as u64, (first_row + rows) as u64],
@@ -27,11 +27,11 @@ impl Gguf {
         let row_bytes = columns / block_numbers as usize * block_bytes as usize;
         let bytes = &self.bytes(info)[first_row * row_bytes..][..rows * row_bytes];
         dequantize(info.ty, bytes, out);
-        if out.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(GgufError::NotFinite(name.to_owned())) }
+        if out.iter().all(|x| x.is_finite()) { Ok(()) } else { Err(ModelError::NotFinite(name.to_owned())) }
     }
 
     /// A whole tensor, row-major.
-    pub fn dequantize(&self, name: &str) -> Result<Vec<f32>, GgufError> {
+    pub fn dequantize(&self, name: &str) -> Result<Vec<f32>, ModelError> {
         let numbers = self.tensor(name)?.dims.iter().product::<u64>() as usize;
         let mut out = vec![0.0; numbers];
         self.dequantize_rows(name, 0, &mut out)?;
@@ -44,9 +44,9 @@ impl Gguf {
     ///
     /// # Errors
     /// The tensor is missing, or a value of it is not finite.
-    pub fn check_finite(&self, name: &str) -> Result<(), GgufError> {
+    pub fn check_finite(&self, name: &str) -> Result<(), ModelError> {
         let info = self.tensor(name)?;
-        if is_finite(info.ty, self.bytes(info)) { Ok(()) } else { Err(GgufError::NotFinite(name.to_owned())) }
+        if is_finite(info.ty, self.bytes(info)) { Ok(()) } else { Err(ModelError::NotFinite(name.to_owned())) }
     }
 }
 

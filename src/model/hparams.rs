@@ -3,7 +3,7 @@
 //! Promises that what it returns is consistent in itself and complete: a key or a tensor that would change
 //! what the model computes, and that nobody here reads, is an error. Never looks at a weight.
 
-use super::{Gguf, GgufError};
+use super::{Gguf, ModelError};
 
 /// How a model is put together, as its file states it and after it was checked.
 #[derive(Clone, Debug, PartialEq)]
@@ -66,19 +66,23 @@ pub struct SlidingWindow {
 }
 
 impl ModelParams {
-    pub fn read(gguf: &Gguf) -> Result<Self, GgufError> {
+    pub fn read(gguf: &Gguf) -> Result<Self, ModelError> {
         let architecture = gguf.str("general.architecture")?;
         let keys = Keys { gguf, architecture };
         let params = match architecture {
             "llama" => keys.common()?,
             "gemma3" => keys.gemma3()?,
-            other => return Err(GgufError::Architecture(other.to_owned())),
+            other => return Err(ModelError::Architecture(other.to_owned())),
         };
-        params.check(gguf)?;
+        let embeddings = &gguf.tensor("token_embd.weight")?.dims;
+        if *embeddings != [params.width as u64, params.vocabulary as u64] {
+            return Err(ModelError::Corrupted(format!("embeddings of the shape {embeddings:?} do not fit {params:?}")));
+        }
+        params.check(params.has_head_norms)?;
         keys.refuse_unread()?;
         // A tensor that nobody reads is a part of the model that would be left out in silence.
         if let Some(name) = gguf.tensor_names().find(|name| !params.is_known(name)) {
-            return Err(GgufError::Corrupted(format!("tensor `{name}` is not supported")));
+            return Err(ModelError::Corrupted(format!("tensor `{name}` is not supported")));
         }
         Ok(params)
     }
@@ -103,25 +107,20 @@ impl ModelParams {
         self.sliding.as_ref().filter(|s| s.layers[layer]).map_or(self.rope_base, |s| s.rope_base)
     }
 
-    fn check(&self, gguf: &Gguf) -> Result<(), GgufError> {
+    /// Where a format gives no head size, a width that the heads do not make up is a fault.
+    pub(super) fn check(&self, may_widen_queries: bool) -> Result<(), ModelError> {
         let is_base = |base: f32| base.is_finite() && base > 0.0;
         let consistent = self.heads.is_multiple_of(self.kv_heads)
             && self.head_size.is_multiple_of(2)
-            && gguf.tensor("token_embd.weight")?.dims == [self.width as u64, self.vocabulary as u64]
-            && (self.architecture_may_widen_queries() || self.query_width() == self.width)
+            && (may_widen_queries || self.query_width() == self.width)
             && is_base(self.rope_base)
             && self.sliding.as_ref().is_none_or(|s| is_base(s.rope_base) && s.layers.len() == self.layers)
             && (0.0..1.0).contains(&self.norm_epsilon);
         if consistent {
             Ok(())
         } else {
-            Err(GgufError::Corrupted(format!("the model's sizes do not fit each other: {self:?}")))
+            Err(ModelError::Corrupted(format!("the model's sizes do not fit each other: {self:?}")))
         }
-    }
-
-    /// Llama's files give no head size, so a width that its heads do not make up is a fault there.
-    fn architecture_may_widen_queries(&self) -> bool {
-        self.has_head_norms
     }
 
     fn is_known(&self, tensor: &str) -> bool {
@@ -154,20 +153,20 @@ impl Keys<'_> {
         format!("{}.{name}", self.architecture)
     }
 
-    fn size(&self, name: &str, max: u64) -> Result<usize, GgufError> {
+    fn size(&self, name: &str, max: u64) -> Result<usize, ModelError> {
         let key = self.key(name);
         match self.gguf.u64(&key)? {
             n if (1..=max).contains(&n) => Ok(n as usize),
-            n => Err(GgufError::Corrupted(format!("{key} is {n}, outside 1..={max}"))),
+            n => Err(ModelError::Corrupted(format!("{key} is {n}, outside 1..={max}"))),
         }
     }
 
-    fn float(&self, name: &str) -> Result<f32, GgufError> {
+    fn float(&self, name: &str) -> Result<f32, ModelError> {
         Ok(self.gguf.f64(&self.key(name))? as f32)
     }
 
     /// What all families share, with Llama's answers where they differ.
-    fn common(&self) -> Result<ModelParams, GgufError> {
+    fn common(&self) -> Result<ModelParams, ModelError> {
         let gguf = self.gguf;
         let width = self.size("embedding_length", 1 << 16)?;
         let heads = self.size("attention.head_count", 1 << 10)?;
@@ -176,7 +175,7 @@ impl Keys<'_> {
         let value_size = gguf.or(self.size("attention.value_length", 1 << 12), head_size)?;
         let rotated = gguf.or(self.size("rope.dimension_count", 1 << 12), head_size)?;
         if value_size != head_size || rotated != head_size {
-            return Err(GgufError::Corrupted(format!(
+            return Err(ModelError::Corrupted(format!(
                 "heads of {head_size} numbers with values of {value_size} and {rotated} rotated ones are not supported"
             )));
         }
@@ -201,7 +200,7 @@ impl Keys<'_> {
         })
     }
 
-    fn gemma3(&self) -> Result<ModelParams, GgufError> {
+    fn gemma3(&self) -> Result<ModelParams, ModelError> {
         let common = self.common()?;
         let sliding = match self.size("attention.sliding_window", 1 << 24) {
             Ok(tokens) => Some(SlidingWindow {
@@ -209,7 +208,7 @@ impl Keys<'_> {
                 rope_base: self.gguf.or(self.float("rope.freq_base_swa"), 10_000.0)?,
                 layers: self.sliding_layers(common.layers)?,
             }),
-            Err(GgufError::MissingKey(_)) => None,
+            Err(ModelError::MissingKey(_)) => None,
             Err(e) => return Err(e),
         };
         // The file does not say it: the model of 62 layers alone divides by the width that its heads
@@ -228,7 +227,7 @@ impl Keys<'_> {
     }
 
     /// Every sixth layer sees everything, unless the file has another period or a list of its own.
-    fn sliding_layers(&self, layers: usize) -> Result<Vec<bool>, GgufError> {
+    fn sliding_layers(&self, layers: usize) -> Result<Vec<bool>, ModelError> {
         let key = self.key("attention.sliding_window_pattern");
         if let Ok(list) = self.gguf.bools(&key) {
             return Ok(list);
@@ -238,11 +237,11 @@ impl Keys<'_> {
     }
 
     /// Keys that change what a model computes, and that nothing above reads.
-    fn refuse_unread(&self) -> Result<(), GgufError> {
+    fn refuse_unread(&self) -> Result<(), ModelError> {
         let scaling = self.gguf.or(self.gguf.str(&self.key("rope.scaling.type")), "none")?;
         let factor = self.gguf.or(self.float("rope.scale_linear"), 1.0)?;
         if scaling != "none" || factor != 1.0 {
-            return Err(GgufError::Corrupted(format!("rotary embeddings scaled by `{scaling}` are not supported")));
+            return Err(ModelError::Corrupted(format!("rotary embeddings scaled by `{scaling}` are not supported")));
         }
         for (name, harmless) in [
             ("attn_logit_softcapping", 0.0),
@@ -255,15 +254,15 @@ impl Keys<'_> {
         ] {
             let value = self.gguf.or(self.float(name), harmless)?;
             if value != harmless {
-                return Err(GgufError::Corrupted(format!("{} of {value} is not supported", self.key(name))));
+                return Err(ModelError::Corrupted(format!("{} of {value} is not supported", self.key(name))));
             }
         }
         let experts = self.gguf.or(self.gguf.u64(&self.key("expert_count")), 0)?;
         if experts > 0 {
-            return Err(GgufError::Corrupted(format!("a mixture of {experts} experts is not supported")));
+            return Err(ModelError::Corrupted(format!("a mixture of {experts} experts is not supported")));
         }
         if !self.gguf.or(self.gguf.bool(&self.key("attention.causal")), true)? {
-            return Err(GgufError::Corrupted("attention that is not causal is not supported".into()));
+            return Err(ModelError::Corrupted("attention that is not causal is not supported".into()));
         }
         Ok(())
     }
@@ -284,7 +283,7 @@ mod tests {
     use Key::{Bools, Decimal, Number, Text};
 
     /// What is read of a file with these keys and these tensors, all zero.
-    fn read(keys: &[(&str, Key)], tensors: &[(&str, &[u64])]) -> Result<ModelParams, GgufError> {
+    fn read(keys: &[(&str, Key)], tensors: &[(&str, &[u64])]) -> Result<ModelParams, ModelError> {
         let text = |b: &mut Vec<u8>, s: &str| {
             b.extend((s.len() as u64).to_le_bytes());
             b.extend(s.as_bytes());
@@ -319,7 +318,7 @@ mod tests {
         ModelParams::read(&Gguf::open(file.path())?)
     }
 
-    fn gemma(changes: impl IntoIterator<Item = (&'static str, Key)>) -> Result<ModelParams, GgufError> {
+    fn gemma(changes: impl IntoIterator<Item = (&'static str, Key)>) -> Result<ModelParams, ModelError> {
         let mut keys = vec![
             ("general.architecture", Text("gemma3")),
             ("gemma3.embedding_length", Number(8)),

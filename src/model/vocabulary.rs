@@ -1,9 +1,11 @@
 //! The tokens of a model: their bytes, and which of them are not text.
 
-use super::{Gguf, GgufError};
+use super::{Gguf, ModelError};
 
 /// SentencePiece's spelling of a space.
 pub const SPACE: char = '▁';
+/// How Llama 3 splits text before the merges (`llama-bpe`).
+pub const LLAMA_BPE_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// How files mark a token that stands for one byte.
 const BYTE: i64 = 6;
 
@@ -35,7 +37,7 @@ pub enum Scheme {
     },
 }
 
-/// The vocabulary of a GGUF file.
+/// The vocabulary of a model file.
 pub struct Vocabulary {
     pub tokens: Vec<String>,
     pub kinds: Vec<TokenKind>,
@@ -50,11 +52,11 @@ pub struct Vocabulary {
 }
 
 impl Vocabulary {
-    pub fn read(gguf: &Gguf) -> Result<Self, GgufError> {
+    pub fn read(gguf: &Gguf) -> Result<Self, ModelError> {
         let tokens: Vec<String> = gguf.strings("tokenizer.ggml.tokens")?.into_iter().map(str::to_owned).collect();
         let codes = gguf.i64s("tokenizer.ggml.token_type")?;
         if codes.len() != tokens.len() || tokens.len() > u32::MAX as usize {
-            return Err(GgufError::Corrupted("token list and token types differ in length".into()));
+            return Err(ModelError::Corrupted("token list and token types differ in length".into()));
         }
         let scheme = Scheme::read(gguf, tokens.len())?;
         let kinds: Vec<TokenKind> = codes
@@ -67,22 +69,12 @@ impl Vocabulary {
             .collect();
         let id = |key: &str| match gguf.u64(key) {
             Ok(id) if (id as usize) < tokens.len() => Ok(Some(id as u32)),
-            Ok(id) => Err(GgufError::Corrupted(format!("{key} is {id}, outside the vocabulary"))),
-            Err(GgufError::MissingKey(_)) => Ok(None),
+            Ok(id) => Err(ModelError::Corrupted(format!("{key} is {id}, outside the vocabulary"))),
+            Err(ModelError::MissingKey(_)) => Ok(None),
             Err(e) => Err(e),
         };
-        let mut eos: Vec<u32> =
-            id("tokenizer.ggml.eos_token_id")?.into_iter().chain(id("tokenizer.ggml.eot_token_id")?).collect();
-        // Files often name only the end of text; these close a chat turn wherever they are control tokens.
-        for name in ["<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>"] {
-            if let Some(at) = tokens.iter().position(|t| t == name)
-                && kinds[at] == TokenKind::Control
-            {
-                eos.push(at as u32);
-            }
-        }
-        eos.sort_unstable();
-        eos.dedup();
+        let eos = id("tokenizer.ggml.eos_token_id")?.into_iter().chain(id("tokenizer.ggml.eot_token_id")?).collect();
+        let eos = ends(eos, &tokens, &kinds);
         let bytes = tokens.iter().zip(&codes).zip(&kinds).map(|((token, code), kind)| match (kind, &scheme) {
             (TokenKind::Control, _) => Box::default(),
             (TokenKind::UserDefined, _) => token.as_bytes().into(),
@@ -95,7 +87,7 @@ impl Vocabulary {
         let bytes = bytes.collect();
         let chat_template = match gguf.str("tokenizer.chat_template") {
             Ok(text) => Some(text.to_owned()),
-            Err(GgufError::MissingKey(_)) => None,
+            Err(ModelError::MissingKey(_)) => None,
             Err(e) => return Err(e),
         };
         Ok(Self {
@@ -110,6 +102,26 @@ impl Vocabulary {
             eos,
             bytes,
         })
+    }
+
+    /// Of byte-level BPE, whatever format states it.
+    pub(super) fn byte_level(facts: ByteLevelFacts) -> Self {
+        let ByteLevelFacts { tokens, kinds, merges, pre_tokenizer, chat_template, bos, begins_with_bos, eos } = facts;
+        let bytes = tokens.iter().zip(&kinds).map(|(token, kind)| match kind {
+            TokenKind::Control => Box::default(),
+            TokenKind::UserDefined => token.as_bytes().into(),
+            TokenKind::Text => byte_level(token),
+        });
+        Self {
+            bytes: bytes.collect(),
+            eos: ends(eos, &tokens, &kinds),
+            scheme: Scheme::ByteLevel { merges, pre_tokenizer },
+            tokens,
+            kinds,
+            chat_template,
+            bos,
+            begins_with_bos,
+        }
     }
 
     /// Tokens that are plain text, for tests that have no model file.
@@ -151,8 +163,34 @@ impl Vocabulary {
     }
 }
 
+/// What a file says of a vocabulary of byte-level BPE. Ids are within the tokens.
+pub(super) struct ByteLevelFacts {
+    pub tokens: Vec<String>,
+    pub kinds: Vec<TokenKind>,
+    pub merges: Vec<String>,
+    pub pre_tokenizer: String,
+    pub chat_template: Option<String>,
+    pub bos: Option<u32>,
+    pub begins_with_bos: bool,
+    pub eos: Vec<u32>,
+}
+
+/// Files often name only the end of text; these close a chat turn wherever they are control tokens.
+fn ends(mut eos: Vec<u32>, tokens: &[String], kinds: &[TokenKind]) -> Vec<u32> {
+    for name in ["<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>"] {
+        if let Some(at) = tokens.iter().position(|token| token == name)
+            && kinds[at] == TokenKind::Control
+        {
+            eos.push(at as u32);
+        }
+    }
+    eos.sort_unstable();
+    eos.dedup();
+    eos
+}
+
 impl Scheme {
-    fn read(gguf: &Gguf, tokens: usize) -> Result<Self, GgufError> {
+    fn read(gguf: &Gguf, tokens: usize) -> Result<Self, ModelError> {
         match gguf.str("tokenizer.ggml.model")? {
             "gpt2" => Ok(Self::ByteLevel {
                 merges: gguf.strings("tokenizer.ggml.merges")?.into_iter().map(str::to_owned).collect(),
@@ -161,12 +199,12 @@ impl Scheme {
             "llama" => {
                 let scores = gguf.f32s("tokenizer.ggml.scores")?;
                 if scores.len() != tokens || scores.iter().any(|score| score.is_nan()) {
-                    return Err(GgufError::Corrupted("the tokens' scores do not fit the tokens".into()));
+                    return Err(ModelError::Corrupted("the tokens' scores do not fit the tokens".into()));
                 }
                 let has_space_prefix = gguf.or(gguf.bool("tokenizer.ggml.add_space_prefix"), true)?;
                 Ok(Self::SentencePiece { scores, has_space_prefix })
             }
-            other => Err(GgufError::Corrupted(format!(
+            other => Err(ModelError::Corrupted(format!(
                 "tokenizer `{other}` is not supported (byte-level BPE and SentencePiece's BPE are)"
             ))),
         }
@@ -181,7 +219,7 @@ fn byte_token(token: &str) -> Option<u8> {
 }
 
 /// GPT-2's printable spelling of bytes, undone: each character of a token stands for one byte.
-fn byte_level(token: &str) -> Box<[u8]> {
+pub fn byte_level(token: &str) -> Box<[u8]> {
     let mut bytes = Vec::with_capacity(token.len());
     for c in token.chars() {
         match c as u32 {

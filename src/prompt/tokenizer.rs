@@ -3,7 +3,10 @@
 //! Never turns a user's text into control tokens: that is what [`Tokenizer::encode`] with `specials`
 //! false promises, whatever the text spells.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use tokenizers::{
     AddedToken, PreTokenizerWrapper,
@@ -19,7 +22,7 @@ use tokenizers::{
 };
 
 use super::sentencepiece::SentencePiece;
-use crate::model::{Scheme, TokenKind, Vocabulary};
+use crate::model::{LLAMA_BPE_PATTERN, Scheme, TokenKind, Vocabulary, byte_level};
 
 type Bpe = tokenizers::TokenizerImpl<
     BPE,
@@ -60,6 +63,7 @@ impl Tokenizer {
             Scheme::ByteLevel { merges, pre_tokenizer } => {
                 let mut plain = bpe(&vocabulary, merges, pre_tokenizer)?;
                 plain.add_tokens(&added(&vocabulary, TokenKind::UserDefined));
+                refuse_spelled_controls(&plain, &vocabulary, merges)?;
                 let mut with_specials = plain.clone();
                 with_specials.add_special_tokens(&added(&vocabulary, TokenKind::Control));
                 Rules::ByteLevel { with_specials: Box::new(with_specials), plain: Box::new(plain) }
@@ -114,6 +118,28 @@ fn added(vocabulary: &Vocabulary, kind: TokenKind) -> Vec<AddedToken> {
     tokens.map(|(token, _)| AddedToken::from(token.clone(), kind == TokenKind::Control).normalized(false)).collect()
 }
 
+/// A control token that letters merge into, or that is a word of its own to the rules, would come out of what users
+/// write.
+fn refuse_spelled_controls(plain: &Bpe, vocabulary: &Vocabulary, merges: &[String]) -> Result<(), TokenizerError> {
+    let control = vocabulary.tokens.iter().zip(&vocabulary.kinds).filter(|(_, kind)| **kind == TokenKind::Control);
+    let control: HashSet<&str> = control.map(|(token, _)| token.as_str()).collect();
+    let fault = |token: &str| TokenizerError::Vocabulary(format!("a text can spell the control token `{token}`"));
+    if let Some(token) = merges.iter().find_map(|pair| control.get(pair.replace(' ', "").as_str())) {
+        return Err(fault(token));
+    }
+    for token in &control {
+        // As it stands, and as the text that its characters spell where they stand for bytes.
+        let spelled = String::from_utf8_lossy(&byte_level(token)).into_owned();
+        for text in [*token, &spelled] {
+            let encoding = plain.encode_fast(text, false).map_err(|e| TokenizerError::Encode(e.to_string()))?;
+            if encoding.get_ids().iter().any(|id| vocabulary.kinds.get(*id as usize) == Some(&TokenKind::Control)) {
+                return Err(fault(token));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn bpe(vocabulary: &Vocabulary, merges: &[String], pre_tokenizer: &str) -> Result<Bpe, TokenizerError> {
     let wrong = |e: &dyn std::fmt::Display| TokenizerError::Vocabulary(e.to_string());
     let ids: Vocab = vocabulary.tokens.iter().cloned().zip(0u32..).collect();
@@ -134,10 +160,12 @@ fn bpe(vocabulary: &Vocabulary, merges: &[String], pre_tokenizer: &str) -> Resul
         "smollm" => Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()]).into(),
         "gpt-2" | "default" => ByteLevel::new(false, true, true).into(),
         "llama-bpe" => {
-            let pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-            let split =
-                Split::new(SplitPattern::Regex(pattern.into()), tokenizers::SplitDelimiterBehavior::Isolated, false)
-                    .map_err(|e| wrong(&e))?;
+            let split = Split::new(
+                SplitPattern::Regex(LLAMA_BPE_PATTERN.into()),
+                tokenizers::SplitDelimiterBehavior::Isolated,
+                false,
+            )
+            .map_err(|e| wrong(&e))?;
             Sequence::new(vec![split.into(), ByteLevel::new(false, true, false).into()]).into()
         }
         other => return Err(wrong(&format!("pre-tokenizer `{other}` is not supported"))),

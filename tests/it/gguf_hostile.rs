@@ -30,10 +30,10 @@ const HEAP_FIXED: usize = 8 << 20;
 const HEAP_PER_BYTE: usize = 64;
 
 /// SplitMix64: the same cases on every machine, for ever.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> u64 {
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -41,12 +41,12 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    fn below(&mut self, n: usize) -> usize {
+    pub fn below(&mut self, n: usize) -> usize {
         (self.next() % n.max(1) as u64) as usize
     }
 
     /// A number that somebody might not have thought of.
-    fn awkward(&mut self) -> u64 {
+    pub fn awkward(&mut self) -> u64 {
         const NUMBERS: [u64; 22] = [
             0,
             1,
@@ -140,7 +140,7 @@ fn change_value(value: &mut Value, random: &mut Random) {
                 let many = items.clone();
                 items.extend(many);
             }
-            4 => {
+            4 if !items.is_empty() => {
                 let item = random.below(items.len());
                 *len = Some(items.len() as u64);
                 items[item] = Value::Array { ty: 9, len: Some(random.awkward()), items: vec![] };
@@ -183,7 +183,7 @@ fn change_text(text: &mut Text, random: &mut Random) {
 }
 
 /// Knows nothing of the format.
-fn change_bytes(bytes: &mut Vec<u8>, random: &mut Random) {
+pub fn change_bytes(bytes: &mut Vec<u8>, random: &mut Random) {
     let len = bytes.len();
     match random.below(4) {
         0 => bytes.truncate(random.below(len)),

@@ -10,6 +10,8 @@ mod edge_refusals;
 mod engine;
 mod engine_schedule;
 mod gemma;
+mod genai;
+mod genai_hostile;
 mod gguf_hostile;
 mod models;
 mod store_accounts;

