@@ -35,9 +35,6 @@ pub struct ModelParams {
     pub query_factor: f32,
 }
 
-/// The name from when there was one architecture.
-pub type LlamaParams = ModelParams;
-
 /// Which two numbers of a head are rotated together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RopePairs {

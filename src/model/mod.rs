@@ -17,9 +17,6 @@ pub use error::ModelError;
 pub use file::ModelFile;
 pub use genai::{CONFIG_FILE, Genai};
 pub use gguf::{Gguf, GgufTensor, TensorType};
-pub use hparams::{Activation, LlamaParams, ModelParams, RopePairs, SlidingWindow};
+pub use hparams::{Activation, ModelParams, RopePairs, SlidingWindow};
 pub use tensors::{TensorInfo, Tensors};
 pub use vocabulary::{LLAMA_BPE_PATTERN, SPACE, Scheme, TokenKind, Vocabulary, byte_level};
-
-/// The name from when there was one format.
-pub type GgufError = ModelError;

@@ -20,7 +20,7 @@ use half::f16;
 
 use crate::{
     engine::simd::HAS_AVX2,
-    model::{AffineBlock, BLOCK, GgufError, Tensors},
+    model::{AffineBlock, BLOCK, ModelError, Tensors},
 };
 
 /// Columns that are computed together.
@@ -70,7 +70,7 @@ impl Linear {
     ///
     /// # Errors
     /// A tensor is missing, has another shape, or a weight that is no finite number.
-    pub fn pack(tensors: &Tensors, parts: &[(&str, usize)], inputs: usize) -> Result<Self, GgufError> {
+    pub fn pack(tensors: &Tensors, parts: &[(&str, usize)], inputs: usize) -> Result<Self, ModelError> {
         let mut panels = Vec::new();
         let (mut column, mut offset) = (0, 0);
         for (name, outputs) in parts {
@@ -78,7 +78,7 @@ impl Linear {
             let expected = [inputs as u64, *outputs as u64];
             if info.dims != expected || !inputs.is_multiple_of(BLOCK) {
                 let (name, found) = ((*name).to_owned(), info.dims.clone());
-                return Err(GgufError::WrongShape { name, found, expected: expected.into() });
+                return Err(ModelError::WrongShape { name, found, expected: expected.into() });
             }
             let planes = if info.affine_bits() > 4 { 2 } else { 1 };
             for from in (0..*outputs).step_by(PANEL) {
@@ -96,7 +96,7 @@ impl Linear {
         linear.filled(tensors, parts)
     }
 
-    fn filled(mut self, tensors: &Tensors, parts: &[(&str, usize)]) -> Result<Self, GgufError> {
+    fn filled(mut self, tensors: &Tensors, parts: &[(&str, usize)]) -> Result<Self, ModelError> {
         let empty = AffineBlock { codes: [0; BLOCK], scale: f16::ZERO, offset: f16::ZERO };
         let mut blocks = vec![empty; self.inputs / BLOCK];
         let mut first = 0;

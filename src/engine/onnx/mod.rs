@@ -33,7 +33,7 @@ pub use layer::Part;
 pub use runtime::{OnnxRuntime, RuntimeOptions};
 
 use super::{Batch, BatchSequence, EngineError, Forward};
-use crate::model::{GgufError, ModelFile, ModelParams};
+use crate::model::{ModelError, ModelFile, ModelParams};
 use graph::{Dim, Graph};
 use kv::{KvCache, KvShape};
 use linear::Layout;
@@ -123,7 +123,7 @@ impl OnnxModel {
     }
 
     /// The embedding of each row, straight from the file.
-    fn embed(&mut self, batch: &Batch) -> Result<usize, GgufError> {
+    fn embed(&mut self, batch: &Batch) -> Result<usize, ModelError> {
         let width = self.file.params.width;
         self.embeddings.resize(batch.rows() * width, 0.0);
         let tokens = batch.sequences.iter().flat_map(|s| &s.tokens[s.computed..s.computed + s.rows]);
@@ -183,7 +183,7 @@ fn plain(error: ort::Error<SessionBuilder>) -> EngineError {
 
 /// Embeddings are read row by row when they are needed; a row that is no number would then end the engine
 /// for everybody.
-fn check_embeddings(file: &ModelFile) -> Result<(), GgufError> {
+fn check_embeddings(file: &ModelFile) -> Result<(), ModelError> {
     const ROWS: usize = 1024;
     let (width, rows) = (file.params.width, file.params.vocabulary);
     let mut numbers = vec![0.0; ROWS * width];

@@ -13,7 +13,7 @@ use super::{
     linear::{Layout, Linear},
     operators::layer_norms,
 };
-use crate::model::{GgufError, ModelFile};
+use crate::model::{ModelError, ModelFile};
 
 /// Everything that the served graph is given beside the step's rows.
 pub struct Weights {
@@ -67,7 +67,7 @@ struct Parts {
 }
 
 /// Packs all matrices of the model, in the order of the graph, on all processors.
-fn load(file: &ModelFile) -> Result<Parts, GgufError> {
+fn load(file: &ModelFile) -> Result<Parts, ModelError> {
     let layers = file.params.layers;
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::new());
@@ -96,13 +96,13 @@ fn load(file: &ModelFile) -> Result<Parts, GgufError> {
     Ok(all)
 }
 
-fn layer(file: &ModelFile, layer: usize) -> Result<Parts, GgufError> {
+fn layer(file: &ModelFile, layer: usize) -> Result<Parts, ModelError> {
     let p = &file.params;
     let tensor = |part: &str| format!("blk.{layer}.{part}.weight");
     let linear = |name: &str, inputs: usize, parts: &[(&str, usize)]| {
         let parts: Vec<_> = parts.iter().map(|(part, outputs)| (tensor(part), *outputs)).collect();
         let parts: Vec<_> = parts.iter().map(|(part, outputs)| (part.as_str(), *outputs)).collect();
-        Ok::<_, GgufError>((format!("l{layer}.{name}"), Linear::pack(&file.tensors, &parts, inputs)?))
+        Ok::<_, ModelError>((format!("l{layer}.{name}"), Linear::pack(&file.tensors, &parts, inputs)?))
     };
     let mut norms = Vec::new();
     for (part, width) in layer_norms(p) {
@@ -120,7 +120,7 @@ fn layer(file: &ModelFile, layer: usize) -> Result<Parts, GgufError> {
     })
 }
 
-fn head(file: &ModelFile) -> Result<Parts, GgufError> {
+fn head(file: &ModelFile) -> Result<Parts, ModelError> {
     let p = &file.params;
     let head = Linear::pack(&file.tensors, &[(head_tensor(file), p.vocabulary)], p.width)?;
     let norms = vec![("head.norm".to_owned(), norm(file, "output_norm.weight", p.width)?)];
@@ -133,20 +133,20 @@ pub fn head_tensor(file: &ModelFile) -> &'static str {
 }
 
 /// A matrix as numbers, `[outputs, inputs]`, row-major.
-pub fn dense(file: &ModelFile, name: &str, inputs: usize, outputs: usize) -> Result<Vec<f32>, GgufError> {
+pub fn dense(file: &ModelFile, name: &str, inputs: usize, outputs: usize) -> Result<Vec<f32>, ModelError> {
     let found = &file.tensors.tensor(name)?.dims;
     let expected = [inputs as u64, outputs as u64];
     if *found != expected {
-        return Err(GgufError::WrongShape { name: name.into(), found: found.clone(), expected: expected.into() });
+        return Err(ModelError::WrongShape { name: name.into(), found: found.clone(), expected: expected.into() });
     }
     file.tensors.dequantize(name)
 }
 
 /// The weights of a norm over `width` numbers.
-pub fn norm(file: &ModelFile, name: &str, width: usize) -> Result<Vec<f32>, GgufError> {
+pub fn norm(file: &ModelFile, name: &str, width: usize) -> Result<Vec<f32>, ModelError> {
     let found = &file.tensors.tensor(name)?.dims;
     if *found != [width as u64] {
-        return Err(GgufError::WrongShape { name: name.into(), found: found.clone(), expected: vec![width as u64] });
+        return Err(ModelError::WrongShape { name: name.into(), found: found.clone(), expected: vec![width as u64] });
     }
     file.tensors.dequantize(name)
 }
