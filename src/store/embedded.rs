@@ -30,6 +30,8 @@ use nix::{
 use parking_lot::{Condvar, Mutex};
 use sha2::{Digest, Sha256};
 
+use crate::child;
+
 /// The longest socket path that every system takes.
 const SOCKET_PATH_BYTES_MAX: usize = 100;
 /// A server that has not begun to answer by then will not.
@@ -253,21 +255,7 @@ impl Plan {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         // Ctrl-C in a terminal reaches its whole foreground group; the server must outlive the drain.
         command.process_group(0);
-        let parent = std::process::id();
-        // SAFETY: between fork and exec only async-signal-safe calls are made.
-        unsafe {
-            command.pre_exec(move || {
-                // Not a hard kill: a server that is told to end first writes what it still has in memory.
-                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) != 0 {
-                    return Err(io::Error::last_os_error());
-                }
-                // The parent may have died before the line above.
-                if libc::getppid().unsigned_abs() != parent {
-                    libc::_exit(1);
-                }
-                Ok(())
-            });
-        }
+        child::die_with_us(&mut command);
         command.spawn().map_err(|source| EmbeddedError::Spawn { program: self.program.clone(), source })
     }
 

@@ -13,7 +13,7 @@ const FILE_LINES_MAX: usize = 700;
 /// {edge, cluster, operator}, {prompt, admission, queue, engine, ledger}, {store, telemetry, model}, domain.
 /// The edge and the engine never meet. `config` is read above the third floor only; what lies below is
 /// given plain values.
-const ARROWS: [(&str, &str); 18] = [
+const ARROWS: [(&str, &str); 19] = [
     ("lib", ""),
     ("main", "cli"),
     (
@@ -29,11 +29,12 @@ const ARROWS: [(&str, &str); 18] = [
     ("queue", "store telemetry domain"),
     ("engine", "model telemetry domain"),
     ("ledger", "store telemetry domain"),
-    ("store", "telemetry domain"),
+    ("store", "child telemetry domain"),
     ("telemetry", "domain"),
     ("model", "domain"),
-    ("catalog", "model domain"),
+    ("catalog", "child model domain"),
     ("config", "domain"),
+    ("child", ""),
     ("domain", ""),
 ];
 
