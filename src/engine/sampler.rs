@@ -3,7 +3,7 @@
 //! A pure function of (logits, parameters, position): random numbers come from a counter, not from a
 //! state, so that a stream taken over by another worker goes on as it would have.
 
-use super::simd::{exp, multiversion};
+use super::simd::{exp, exp8, multiversion};
 use crate::domain::SamplingParams;
 
 /// Chooses the token at `position` (counted in tokens from the prompt's first).
@@ -17,10 +17,10 @@ pub fn sample(logits: &[f32], params: &SamplingParams, position: usize, scratch:
     let draw = uniform(params.seed, position as u64);
     let is_truncated = params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0;
     if !is_truncated {
-        return draw_in_order(weights.iter().copied().zip(0..), draw);
+        return draw_among_all(weights, draw, &mut scratch.stretches);
     }
     let kept = truncate(weights, &mut scratch.candidates, params);
-    draw_in_order(kept.iter().copied(), draw)
+    draw_in_order(kept.iter().copied(), draw * kept.iter().map(|(w, _)| f64::from(*w)).sum::<f64>())
 }
 
 /// Buffers that one engine reuses for every sample.
@@ -28,14 +28,21 @@ pub fn sample(logits: &[f32], params: &SamplingParams, position: usize, scratch:
 pub struct Scratch {
     weights: Vec<f32>,
     candidates: Vec<(f32, u32)>,
+    stretches: Vec<f64>,
 }
+
+/// Weights of the vocabulary that are summed before one of them is looked for.
+const STRETCH: usize = 512;
 
 multiversion! {
     /// Weights relative to the largest, `e^((x - largest) * factor)`.
     pub fn soften(logits: &[f32], largest: f32, factor: f32, weights: &mut [f32]) {
         for (weight, x) in weights.iter_mut().zip(logits) {
-            *weight = exp::<FMA>((x - largest) * factor);
+            *weight = (x - largest) * factor;
         }
+        let (eights, rest) = weights.as_chunks_mut::<8>();
+        eights.iter_mut().for_each(exp8::<FMA>);
+        rest.iter_mut().for_each(|x| *x = exp::<FMA>(*x));
     }
 }
 
@@ -59,7 +66,7 @@ fn largest(logits: &[f32]) -> f32 {
 
 /// Token and weight of those that top-k, top-p and min-p leave, largest first.
 fn truncate<'a>(weights: &[f32], candidates: &'a mut Vec<(f32, u32)>, params: &SamplingParams) -> &'a [(f32, u32)] {
-    let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
+    let total = sum(weights);
     let wanted = total * f64::from(params.top_p);
     // The largest weight is 1. Few tokens weigh more than a millionth of it, and nearly always they carry
     // all the mass that top-p asks for; sorting the whole vocabulary is the rare case.
@@ -102,10 +109,38 @@ pub fn is_finite(logits: &[f32]) -> bool {
     logits.iter().fold(0, |most, x| (x.to_bits() & EXPONENT).max(most)) < EXPONENT
 }
 
-/// The candidate under `draw` of the way through the summed weights.
-fn draw_in_order(candidates: impl Iterator<Item = (f32, u32)> + Clone, draw: f64) -> u32 {
-    let total: f64 = candidates.clone().map(|(w, _)| f64::from(w)).sum();
-    let target = draw * total;
+/// In lanes, which the processor adds up side by side.
+fn sum(weights: &[f32]) -> f64 {
+    let mut lanes = [0f64; 8];
+    let (eights, rest) = weights.as_chunks::<8>();
+    for eight in eights {
+        for (lane, weight) in lanes.iter_mut().zip(eight) {
+            *lane += f64::from(*weight);
+        }
+    }
+    lanes.iter().sum::<f64>() + rest.iter().map(|w| f64::from(*w)).sum::<f64>()
+}
+
+/// The token under `draw` of the way through all weights, by the stretch that it is in.
+fn draw_among_all(weights: &[f32], draw: f64, stretches: &mut Vec<f64>) -> u32 {
+    stretches.clear();
+    stretches.extend(weights.chunks(STRETCH).map(sum));
+    let mut target = draw * stretches.iter().sum::<f64>();
+    let mut found = (0, 0.0);
+    for (stretch, sum) in stretches.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        found = (stretch * STRETCH, target);
+        if *sum > target {
+            break;
+        }
+        target -= sum;
+    }
+    let (from, target) = found;
+    let stretch = &weights[from..weights.len().min(from + STRETCH)];
+    draw_in_order(stretch.iter().copied().zip(from as u32..), target)
+}
+
+/// The candidate at which the summed weights first exceed `target`, or else the last with any weight.
+fn draw_in_order(candidates: impl Iterator<Item = (f32, u32)>, target: f64) -> u32 {
     let mut reached = 0.0;
     let mut last = 0;
     for (weight, token) in candidates {
@@ -163,6 +198,22 @@ mod tests {
         let counts = counts(&logits, &params());
         for (count, expected) in counts.iter().zip([0.1, 0.2, 0.7]) {
             assert!((count - expected).abs() < 0.015, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn a_draw_by_stretches_is_the_one_from_first_to_last() {
+        let mut weights: Vec<f32> = (0..3 * STRETCH + 77).map(|i| (i * 7919 % 1009) as f32).collect();
+        weights[STRETCH..2 * STRETCH].fill(0.0);
+        weights[3 * STRETCH + 50..].fill(0.0);
+        let total: f64 = weights.iter().map(|w| f64::from(*w)).sum();
+        for i in 0..=1000 {
+            // Weights are whole numbers, and no sum of them is this.
+            let target = (f64::from(i) / 1000.0 * (total - 1.0)).floor() + 0.5;
+            let expected = draw_in_order(weights.iter().copied().zip(0..), target);
+            let found = draw_among_all(&weights, target / total, &mut Vec::new());
+            assert_eq!(found, expected, "{i}");
+            assert!(weights[found as usize] > 0.0);
         }
     }
 

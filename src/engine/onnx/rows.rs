@@ -4,7 +4,7 @@
 use half::f16;
 
 use crate::{
-    engine::simd::{HAS_AVX2, exp, mul_add, multiversion},
+    engine::simd::{HAS_AVX2, exp8, mul_add, multiversion},
     model::BLOCK,
 };
 
@@ -147,39 +147,40 @@ multiversion! {
     /// `silu(gate) * up`, then quantisation in blocks; see [`quantize`]. `both` has the gate first, then the
     /// up projection.
     pub fn silu_mul_quantize(both: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-        gated::<FMA>(both, quants, scales, silu::<FMA>);
+        // It is x / (1 + e^-x).
+        gated::<FMA>(both, quants, scales, |x| -x);
     }
 }
 
 multiversion! {
     /// The same with GELU, as approximated by tanh.
     pub fn gelu_mul_quantize(both: &[f32], quants: &mut [i8], scales: &mut [f32]) {
-        gated::<FMA>(both, quants, scales, gelu::<FMA>);
+        gated::<FMA>(both, quants, scales, gelu_exponent::<FMA>);
     }
 }
 
-#[inline(always)]
-fn silu<const FMA: bool>(x: f32) -> f32 {
-    x / (1.0 + exp::<FMA>(-x))
-}
-
 /// `x / 2 * (1 + tanh(a))` with `a` the root of 2 / pi times `x + 0.044715 x^3`; `(1 + tanh(a)) / 2` is
-/// `1 / (1 + e^-2a)`.
+/// `1 / (1 + e^-2a)`, of which this is the exponent.
 #[inline(always)]
-fn gelu<const FMA: bool>(x: f32) -> f32 {
+fn gelu_exponent<const FMA: bool>(x: f32) -> f32 {
     const MINUS_TWICE_THE_ROOT: f32 = -1.595_769;
-    x / (1.0 + exp::<FMA>(MINUS_TWICE_THE_ROOT * mul_add::<FMA>(x * x * 0.044_715, x, x)))
+    MINUS_TWICE_THE_ROOT * mul_add::<FMA>(x * x * 0.044_715, x, x)
 }
 
+/// Both activations are `x / (1 + e^f(x))`.
 #[inline(always)]
-fn gated<const FMA: bool>(both: &[f32], quants: &mut [i8], scales: &mut [f32], activation: impl Fn(f32) -> f32) {
+fn gated<const FMA: bool>(both: &[f32], quants: &mut [i8], scales: &mut [f32], exponent: impl Fn(f32) -> f32) {
     let (gates, ups) = both.split_at(both.len() / 2);
     let both = gates.as_chunks::<BLOCK>().0.iter().zip(ups.as_chunks::<BLOCK>().0);
     let out = quants.as_chunks_mut::<BLOCK>().0.iter_mut().zip(scales.as_chunks_mut::<2>().0);
     for ((gates, ups), (quants, scales)) in both.zip(out) {
         let mut block = [0f32; BLOCK];
         for i in 0..BLOCK {
-            block[i] = activation(gates[i]) * ups[i];
+            block[i] = exponent(gates[i]);
+        }
+        block.as_chunks_mut::<8>().0.iter_mut().for_each(exp8::<FMA>);
+        for i in 0..BLOCK {
+            block[i] = gates[i] / (1.0 + block[i]) * ups[i];
         }
         *scales = quantize_block::<FMA>(&block, quants);
     }

@@ -3,7 +3,7 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use super::{GROUP, LANES, Pages, Span, Weights};
-use crate::engine::simd::exp;
+use crate::engine::simd::{exp, exp_avx2};
 
 /// Queries that fit the registers.
 pub const QUERIES_MAX: usize = 6;
@@ -17,11 +17,18 @@ unsafe fn scores<const Q: usize>(pages: Pages, queries: &[f32], from: usize, tok
     let stride = pages.cache.shape.block_tokens;
     for lane in (0..tokens).step_by(LANES) {
         let keys = pages.keys(from + lane);
+        let values = pages.value(from + lane);
+        let next_group = pages.keys((from + lane + GROUP).min(pages.blocks.len() * stride - LANES));
         let mut low = [_mm256_setzero_ps(); Q];
         let mut high = [_mm256_setzero_ps(); Q];
         for d in 0..size {
             // SAFETY: `LANES` keys of channel `d` stand side by side, since blocks are multiples of it.
             unsafe {
+                // Many queries find what they read in the cache, but for the first of them.
+                if Q < QUERIES_MAX {
+                    let ahead = if d % 2 == 0 { values } else { next_group };
+                    _mm_prefetch::<_MM_HINT_T0>(ahead.add(d * stride).cast());
+                }
                 let key = keys.add(d * stride).cast::<__m128i>();
                 let key_low = _mm256_cvtph_ps(_mm_loadu_si128(key));
                 let key_high = _mm256_cvtph_ps(_mm_loadu_si128(key.add(1)));
@@ -45,28 +52,39 @@ unsafe fn scores<const Q: usize>(pages: Pages, queries: &[f32], from: usize, tok
 
 /// Turns the scores of one group into softmax weights relative to the largest score so far, and returns
 /// what the earlier groups' sums must be multiplied with. Tokens that are not `seen` weigh exactly 0.
+// Indices rather than iterators and closures: those are compiled for any machine and would not be inlined.
+#[allow(clippy::needless_range_loop)]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn soften(weights: &mut [f32; GROUP], seen: Range<usize>, largest: &mut f32, total: &mut f32) -> f32 {
     weights[..seen.start].fill(f32::NEG_INFINITY);
     weights[seen.end..].fill(f32::NEG_INFINITY);
-    let mut lanes = [f32::NEG_INFINITY; 8];
-    for chunk in weights.as_chunks::<8>().0 {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = if *x > *lane { *x } else { *lane };
-        }
+    let mut eights = [_mm256_setzero_ps(); GROUP / 8];
+    let mut most = _mm256_set1_ps(*largest);
+    for i in 0..GROUP / 8 {
+        // SAFETY: eight of the group's weights.
+        eights[i] = unsafe { _mm256_loadu_ps(weights.as_ptr().add(8 * i)) };
+        most = _mm256_max_ps(most, eights[i]);
     }
-    let most = lanes.iter().copied().fold(*largest, f32::max);
+    let most = lanes(most).into_iter().fold(f32::NEG_INFINITY, f32::max);
     let correction = exp::<true>(*largest - most);
-    let mut sums = [0f32; 8];
-    for chunk in weights.as_chunks_mut::<8>().0 {
-        for (sum, x) in sums.iter_mut().zip(chunk) {
-            *x = exp::<true>(*x - most);
-            *sum += *x;
-        }
+    let mut sums = _mm256_setzero_ps();
+    for i in 0..GROUP / 8 {
+        let weight = exp_avx2(_mm256_sub_ps(eights[i], _mm256_set1_ps(most)));
+        sums = _mm256_add_ps(sums, weight);
+        // SAFETY: as above.
+        unsafe { _mm256_storeu_ps(weights.as_mut_ptr().add(8 * i), weight) };
     }
-    *total = total.mul_add(correction, sums.iter().sum());
+    *total = total.mul_add(correction, lanes(sums).iter().sum());
     *largest = most;
     correction
+}
+
+#[target_feature(enable = "avx2")]
+fn lanes(x: __m256) -> [f32; 8] {
+    let mut lanes = [0.0; 8];
+    // SAFETY: eight numbers.
+    unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), x) };
+    lanes
 }
 
 /// `out = out * correction + weights · values`, sixteen channels at a time.
