@@ -1,5 +1,6 @@
 //! What a model takes of memory once it serves, reckoned from its file before anything is loaded.
 
+use super::onnx::{HEAD_BITS_MAX, packed_bytes};
 use crate::model::ModelFile;
 
 /// A session and its thread, beside what grows with the model; measured, and rounded up.
@@ -38,14 +39,12 @@ fn weight_bytes(file: &ModelFile) -> u64 {
     let head_is_tied = !file.tensors.has_tensor("output.weight");
     let tensors = file.tensors.tensor_names().into_iter();
     let bytes = tensors.filter_map(|name| Some((name, file.tensors.tensor(name).ok()?))).map(|(name, tensor)| {
-        let numbers = tensor.dims.iter().product::<u64>();
-        // Half a byte or a whole one a number, and for each 32 of them a scale and an offset in half precision.
-        let packed = if tensor.affine_bits() > 4 { numbers } else { numbers / 2 } + numbers / 8;
-        let stored = tensor.bytes;
+        let packed = |bits_max| packed_bytes(tensor.dims.iter().product(), tensor.affine_bits().min(bits_max));
         match name {
-            "token_embd.weight" if head_is_tied => stored + packed,
-            "token_embd.weight" => stored,
-            _ => packed,
+            "token_embd.weight" if head_is_tied => tensor.bytes + packed(HEAD_BITS_MAX),
+            "token_embd.weight" => tensor.bytes,
+            "output.weight" => packed(HEAD_BITS_MAX),
+            _ => packed(8),
         }
     });
     bytes.sum()

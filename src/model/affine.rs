@@ -23,6 +23,20 @@ pub struct AffineBlock {
     pub offset: f16,
 }
 
+impl AffineBlock {
+    /// The same weights, as near as codes of `bits` bits come to them.
+    pub fn rounded_to(&self, bits: u32) -> Self {
+        let value = |code: u8| self.scale.to_f32() * f32::from(code) + self.offset.to_f32();
+        let (least, most) = self.codes.iter().fold((u8::MAX, 0), |(a, b), code| (a.min(*code), b.max(*code)));
+        let top = ((1u32 << bits) - 1) as f32;
+        let offset = f16::from_f32(value(least));
+        let scale = f16::from_f32((value(most) - value(least)) / top);
+        let inverse = if scale.to_f32() == 0.0 { 0.0 } else { 1.0 / scale.to_f32() };
+        let codes = self.codes.map(|code| ((value(code) - offset.to_f32()) * inverse).round().clamp(0.0, top) as u8);
+        Self { codes, scale, offset }
+    }
+}
+
 impl Gguf {
     /// The row `row` of a matrix in blocks, written to `out` (`columns / 32` of them).
     ///
@@ -122,6 +136,20 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn fewer_bits_are_as_near_as_they_can_be(codes: [u8; 32], scale in -2.0f32..2.0, offset in -2.0f32..2.0) {
+            let block = AffineBlock { codes, scale: f16::from_f32(scale), offset: f16::from_f32(offset) };
+            for bits in [4, 7] {
+                let rounded = block.rounded_to(bits);
+                prop_assert!(rounded.codes.iter().all(|code| *code < 1 << bits));
+                // Half a step, and what half precision takes from scale and offset.
+                let allowed = rounded.scale.to_f32().abs() * (0.5 + 0.04) + 2e-3 * rounded.offset.to_f32().abs();
+                for i in 0..BLOCK {
+                    prop_assert!((value(&rounded, i) - value(&block, i)).abs() <= allowed + 1e-6);
+                }
+            }
+        }
+
         #[test]
         fn exact_types_keep_every_number_of_the_file(
             scale in -2.0f32..2.0, offset in -2.0f32..2.0, codes: [u8; 32], fifth: u32,

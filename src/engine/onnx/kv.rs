@@ -6,7 +6,7 @@
 use half::f16;
 use memmap2::MmapMut;
 
-use super::{EngineError, rows};
+use super::{EngineError, huge_pages, rows};
 use crate::model::ModelParams;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,8 +46,9 @@ impl KvCache {
     /// Reserves the memory; the system commits it as blocks are first used.
     pub fn new(shape: KvShape) -> Result<Self, EngineError> {
         let bytes = shape.block_bytes() * shape.blocks;
-        let memory = MmapMut::map_anon(bytes)
+        let mut memory = MmapMut::map_anon(bytes)
             .map_err(|e| EngineError::Limits(format!("cannot reserve {bytes} bytes for KV blocks: {e}")))?;
+        huge_pages::prefer(&mut memory);
         Ok(Self { shape, memory })
     }
 

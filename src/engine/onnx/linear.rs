@@ -5,8 +5,8 @@
 //! the same to the bit whatever rows are computed with it, on any thread and by any of the kernels.
 //!
 //! Weights are packed in panels of [`PANEL`] columns: for each block of inputs the codes, four inputs by
-//! sixteen columns to a vector, then the columns' scales and offsets. A code of more than four bits lies in
-//! two planes, its low and its high half.
+//! sixteen columns to a vector, then the columns' scales and offsets. Codes of eight bits are in two planes, of
+//! their low and of their high halves; codes of five to seven bits are bytes.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -26,34 +26,72 @@ use crate::{
 /// Columns that are computed together.
 pub const PANEL: usize = 16;
 const PANELS_A_BLOCK: usize = BLOCK / PANEL;
-/// Bytes of one plane of a block of codes: half a byte each.
+/// Vectors load faster from whole ones.
+pub const CACHE_LINE: usize = 64;
+/// Bytes of four bits of each of a block's codes.
 const PLANE_BYTES: usize = BLOCK * PANEL / 2;
 /// Bytes of a block's scales and offsets, in half precision.
 const TAIL_BYTES: usize = 2 * PANEL * size_of::<f16>();
-/// Vectors load faster from whole cache lines.
-const ALIGNMENT: usize = 64;
 
-/// One matrix, or several with the same inputs side by side.
-pub struct Linear {
-    pub inputs: usize,
-    pub outputs: usize,
-    panels: Vec<Panel>,
-    bytes: Vec<u8>,
-}
-
-/// Where the panels of a matrix stand in its bytes.
+/// How a matrix, or several with the same inputs side by side, stands in the bytes of all of them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layout {
     pub inputs: usize,
     pub outputs: usize,
+    /// A multiple of the cache line.
     pub bytes: usize,
     panels: Vec<Panel>,
 }
 
+/// How many bits the codes of a panel have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Codes {
+    Four,
+    Seven,
+    Eight,
+}
+
+impl Codes {
+    const ALL: [Self; 3] = [Self::Four, Self::Seven, Self::Eight];
+
+    /// The fewest that hold codes of so many bits.
+    fn of(bits: u32) -> Self {
+        Self::ALL.into_iter().find(|codes| codes.bits() >= bits).unwrap_or(Self::Eight)
+    }
+
+    fn bits(self) -> u32 {
+        match self {
+            Self::Four => 4,
+            Self::Seven => 7,
+            Self::Eight => 8,
+        }
+    }
+
+    /// Of one block of a panel.
+    fn bytes(self) -> usize {
+        code_bytes(self.bits())
+    }
+}
+
+/// Of one block of a panel.
+const fn code_bytes(bits: u32) -> usize {
+    if bits > 4 { 2 * PLANE_BYTES } else { PLANE_BYTES }
+}
+
+/// Bytes of a packed matrix of `weights` numbers, whose codes have `bits` bits.
+pub fn packed_bytes(weights: u64, bits: u32) -> u64 {
+    let a_column = (Codes::of(bits).bytes() + TAIL_BYTES) / PANEL;
+    weights / BLOCK as u64 * a_column as u64
+}
+
+/// What is packed side by side: tensors of one width, by name, and how many outputs each has.
+pub type Parts<'a> = [(&'a str, usize)];
+
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Panel {
+    /// From the matrix's first byte.
     offset: usize,
-    planes: usize,
+    codes: Codes,
     /// Its first column, and how many of its columns there are.
     column: usize,
     columns: usize,
@@ -61,16 +99,17 @@ struct Panel {
 
 impl Panel {
     fn block_bytes(self) -> usize {
-        self.planes * PLANE_BYTES + TAIL_BYTES
+        self.codes.bytes() + TAIL_BYTES
     }
 }
 
-impl Linear {
-    /// Packs tensors of the same `inputs`, the outputs of one after those of the other.
+impl Layout {
+    /// For tensors of the same `inputs`, the outputs of one after those of the other. Codes of more than
+    /// `bits_max` bits are rounded.
     ///
     /// # Errors
-    /// A tensor is missing, has another shape, or a weight that is no finite number.
-    pub fn pack(tensors: &Tensors, parts: &[(&str, usize)], inputs: usize) -> Result<Self, ModelError> {
+    /// A tensor is missing or has another shape.
+    pub fn new(tensors: &Tensors, parts: &Parts, inputs: usize, bits_max: u32) -> Result<Self, ModelError> {
         let mut panels = Vec::new();
         let (mut column, mut offset) = (0, 0);
         for (name, outputs) in parts {
@@ -80,61 +119,78 @@ impl Linear {
                 let (name, found) = ((*name).to_owned(), info.dims.clone());
                 return Err(ModelError::WrongShape { name, found, expected: expected.into() });
             }
-            let planes = if info.affine_bits() > 4 { 2 } else { 1 };
+            let codes = Codes::of(info.affine_bits().min(bits_max));
             for from in (0..*outputs).step_by(PANEL) {
                 let columns = PANEL.min(outputs - from);
-                let panel = Panel { offset, planes, column: column + from, columns };
+                let panel = Panel { offset, codes, column: column + from, columns };
                 offset += panel.block_bytes() * (inputs / BLOCK);
                 panels.push(panel);
             }
             column += outputs;
         }
-        let bytes = vec![0u8; offset + ALIGNMENT];
-        let start = bytes.as_ptr().align_offset(ALIGNMENT) % ALIGNMENT;
-        panels.iter_mut().for_each(|panel| panel.offset += start);
-        let linear = Self { inputs, outputs: column, panels, bytes };
-        linear.filled(tensors, parts)
+        Ok(Self { inputs, outputs: column, bytes: offset, panels })
     }
 
-    fn filled(mut self, tensors: &Tensors, parts: &[(&str, usize)]) -> Result<Self, ModelError> {
+    /// Writes the weights into `bytes`, which are zeros.
+    ///
+    /// # Errors
+    /// A weight is no finite number.
+    ///
+    /// # Panics
+    /// If `bytes` or `parts` are not this layout's.
+    pub fn pack(&self, tensors: &Tensors, parts: &Parts, bytes: &mut [u8]) -> Result<(), ModelError> {
+        assert!(bytes.len() == self.bytes && parts.iter().map(|(_, outputs)| outputs).sum::<usize>() == self.outputs);
         let empty = AffineBlock { codes: [0; BLOCK], scale: f16::ZERO, offset: f16::ZERO };
         let mut blocks = vec![empty; self.inputs / BLOCK];
         let mut first = 0;
         for (name, outputs) in parts {
+            let bits = tensors.tensor(name)?.affine_bits();
             let panels = self.panels.iter().filter(|p| (first..first + outputs).contains(&p.column));
             for panel in panels {
                 for lane in 0..panel.columns {
                     tensors.affine_row(name, panel.column + lane - first, &mut blocks)?;
-                    let bytes = &mut self.bytes[panel.offset..][..panel.block_bytes() * blocks.len()];
+                    if bits > panel.codes.bits() {
+                        blocks.iter_mut().for_each(|block| *block = block.rounded_to(panel.codes.bits()));
+                    }
+                    let bytes = &mut bytes[panel.offset..][..panel.block_bytes() * blocks.len()];
                     for (block, bytes) in blocks.iter().zip(bytes.chunks_exact_mut(panel.block_bytes())) {
-                        put(block, lane, panel.planes, bytes);
+                        put(block, lane, panel.codes, bytes);
                     }
                 }
             }
             first += outputs;
         }
-        Ok(self)
-    }
-
-    /// The bytes, and how they are to be read.
-    pub fn into_parts(self) -> (Layout, Vec<u8>) {
-        let Self { inputs, outputs, panels, bytes } = self;
-        (Layout { inputs, outputs, bytes: bytes.len(), panels }, bytes)
+        Ok(())
     }
 }
 
 /// Writes one column's block.
-fn put(block: &AffineBlock, lane: usize, planes: usize, bytes: &mut [u8]) {
-    let (half, column) = (lane / 8, lane % 8);
+fn put(block: &AffineBlock, lane: usize, codes: Codes, bytes: &mut [u8]) {
     for (k, code) in block.codes.iter().enumerate() {
-        let at = k / 4 * 32 + column * 4 + k % 4;
-        for plane in 0..planes {
-            bytes[plane * PLANE_BYTES + at] |= (code >> (4 * plane) & 15) << (4 * half);
+        if codes == Codes::Seven {
+            bytes[byte_place(lane, k)] = *code;
+        } else {
+            let (at, shift) = half_place(lane, k);
+            bytes[at] |= (code & 15) << shift;
+            if codes == Codes::Eight {
+                bytes[PLANE_BYTES + at] |= code >> 4 << shift;
+            }
         }
     }
-    let tail = &mut bytes[planes * PLANE_BYTES..];
+    let tail = &mut bytes[codes.bytes()..];
     tail[lane * 2..][..2].copy_from_slice(&block.scale.to_le_bytes());
     tail[PANEL * 2 + lane * 2..][..2].copy_from_slice(&block.offset.to_le_bytes());
+}
+
+/// Which byte and bit of a plane the half of input `k`'s code begins at: four inputs of a column are neighbours,
+/// and the second eight columns have the high halves of the first ones' bytes.
+fn half_place(lane: usize, k: usize) -> (usize, usize) {
+    (k / 4 * 32 + lane % 8 * 4 + k % 4, lane / 8 * 4)
+}
+
+/// Which byte input `k`'s code is.
+fn byte_place(lane: usize, k: usize) -> usize {
+    k / 4 * 4 * PANEL + lane * 4 + k % 4
 }
 
 /// Quantised rows: what a matrix is multiplied with.
@@ -175,15 +231,14 @@ impl Layout {
     pub unsafe fn multiply(&self, weights: &[u8], panels: Range<usize>, rows: Rows, target: Target) {
         self.check(weights, rows);
         assert!(target.residual.is_none_or(|r| r.len() == rows.count * self.outputs));
-        let kernel = *KERNEL;
-        let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
+        let mut sums = Sums([[0.0; PANEL]; TILE_ROWS_MAX]);
         for panel in &self.panels[panels] {
             let job = self.job(weights, panel, rows);
-            let mut row = 0;
-            while row < rows.count {
-                let done = job.tile(kernel, row, &mut sums);
-                for (i, sums) in sums[..done].iter().enumerate() {
-                    let at = (row + i) * self.outputs + panel.column;
+            for tile in tiles(rows.count) {
+                let sums = &mut sums.0[..tile.len()];
+                job.tile(*KERNEL, tile.clone(), sums);
+                for (row, sums) in tile.zip(sums) {
+                    let at = row * self.outputs + panel.column;
                     // SAFETY: within the target, by the caller's promise, and nobody else's.
                     let out = unsafe { std::slice::from_raw_parts_mut(target.data.add(at), panel.columns) };
                     let residual = target.residual.map(|residual| &residual[at..][..panel.columns]);
@@ -192,7 +247,6 @@ impl Layout {
                         _ => write(out, sums, residual),
                     }
                 }
-                row += done;
             }
         }
     }
@@ -215,26 +269,22 @@ impl Layout {
         self.check(weights, rows);
         let half = self.panels.len() / 2;
         assert!(self.panels.iter().all(|panel| panel.columns == PANEL) && half.is_multiple_of(PANELS_A_BLOCK));
-        let kernel = *KERNEL;
-        let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
+        let mut sums = Sums([[0.0; PANEL]; TILE_ROWS_MAX]);
         let mut both = [[0.0; 2 * BLOCK]; TILE_ROWS_MAX];
         for block in blocks {
-            let mut row = 0;
-            while row < rows.count {
-                let mut done = 0;
+            for tile in tiles(rows.count) {
+                let sums = &mut sums.0[..tile.len()];
                 for part in 0..2 * PANELS_A_BLOCK {
                     let (second, panel) = (part / PANELS_A_BLOCK, part % PANELS_A_BLOCK);
                     let panel = &self.panels[second * half + block * PANELS_A_BLOCK + panel];
-                    // As many rows for every panel: a kernel decides by what is left.
-                    done = self.job(weights, panel, rows).tile(kernel, row, &mut sums);
-                    for (both, sums) in both.iter_mut().zip(&sums[..done]) {
+                    self.job(weights, panel, rows).tile(*KERNEL, tile.clone(), sums);
+                    for (both, sums) in both.iter_mut().zip(&*sums) {
                         both[part * PANEL..][..PANEL].copy_from_slice(sums);
                     }
                 }
-                for (i, both) in both[..done].iter().enumerate() {
-                    take(row + i, block, both);
+                for (row, both) in tile.zip(&both) {
+                    take(row, block, both);
                 }
-                row += done;
             }
         }
     }
@@ -246,7 +296,7 @@ impl Layout {
 
     fn job<'a>(&self, weights: &'a [u8], panel: &Panel, rows: Rows<'a>) -> Job<'a> {
         let bytes = &weights[panel.offset..][..panel.block_bytes() * (self.inputs / BLOCK)];
-        Job { bytes, planes: panel.planes, inputs: self.inputs, rows }
+        Job { bytes, codes: panel.codes, inputs: self.inputs, rows }
     }
 }
 
@@ -266,26 +316,34 @@ fn write(out: &mut [f32], sums: &[f32], residual: Option<&[f32]>) {
 /// One panel and all rows.
 struct Job<'a> {
     bytes: &'a [u8],
-    planes: usize,
+    codes: Codes,
     inputs: usize,
     rows: Rows<'a>,
 }
 
-/// Rows that a kernel computes at once, at most.
-const TILE_ROWS_MAX: usize = 8;
-type Sums = [[f32; PANEL]; TILE_ROWS_MAX];
+/// Rows that a kernel is given at once, at most: two of the largest tiles that fit the registers with AVX2, three
+/// of its smaller ones.
+const TILE_ROWS_MAX: usize = 12;
+
+/// Of a tile: a cache line a row.
+#[repr(align(64))]
+struct Sums([[f32; PANEL]; TILE_ROWS_MAX]);
+
+fn tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(TILE_ROWS_MAX).map(move |from| from..rows.min(from + TILE_ROWS_MAX))
+}
 
 impl Job<'_> {
-    /// Writes the sums of some rows from `row` on; how many.
-    fn tile(&self, kernel: KernelKind, row: usize, sums: &mut Sums) -> usize {
+    /// Writes the sums of some rows, at most [`TILE_ROWS_MAX`].
+    fn tile(&self, kernel: KernelKind, rows: Range<usize>, sums: &mut [[f32; PANEL]]) {
         match kernel {
-            KernelKind::Plain => plain::tile(self, row, sums),
+            KernelKind::Plain => plain::tile(self, rows, sums),
             // SAFETY: the kernel was chosen because the machine has its instructions.
             #[cfg(target_arch = "x86_64")]
-            KernelKind::Avx2 => unsafe { avx2::tile(self, row, sums) },
+            KernelKind::Avx2 => unsafe { avx2::tile(self, rows, sums) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            KernelKind::Avx512Vnni => unsafe { avx512::tile(self, row, sums) },
+            KernelKind::Avx512Vnni => unsafe { avx512::tile(self, rows, sums) },
         }
     }
 
@@ -340,11 +398,12 @@ fn agrees_with_plain(kernel: KernelKind) -> bool {
         (state >> 32) as u32
     };
     let inputs = 3 * BLOCK;
-    (1..=2).all(|planes| {
-        let mut bytes = vec![0u8; 3 * (planes * PLANE_BYTES + TAIL_BYTES)];
-        for block in bytes.chunks_exact_mut(planes * PLANE_BYTES + TAIL_BYTES) {
-            let (codes, tail) = block.split_at_mut(planes * PLANE_BYTES);
-            codes.iter_mut().for_each(|byte| *byte = next() as u8);
+    Codes::ALL.into_iter().all(|kind| {
+        let mut bytes = vec![0u8; 3 * (kind.bytes() + TAIL_BYTES)];
+        for block in bytes.chunks_exact_mut(kind.bytes() + TAIL_BYTES) {
+            let (codes, tail) = block.split_at_mut(kind.bytes());
+            let most = if kind == Codes::Seven { 0x7f } else { 0xff };
+            codes.iter_mut().for_each(|byte| *byte = next() as u8 & most);
             for number in tail.as_chunks_mut::<2>().0 {
                 *number = f16::from_f32(next() as f32 / u32::MAX as f32 - 0.5).to_le_bytes();
             }
@@ -352,21 +411,14 @@ fn agrees_with_plain(kernel: KernelKind) -> bool {
         (1..=TILE_ROWS_MAX).all(|count| {
             let quants: Vec<i8> = (0..count * inputs).map(|_| (next() % 255) as i8).map(|q| q.max(-127)).collect();
             let scales: Vec<f32> = (0..count * 6).map(|_| next() as f32 / u32::MAX as f32).collect();
-            let rows = Rows { count, quants: &quants, scales: &scales };
-            let job = Job { bytes: &bytes, planes, inputs, rows };
-            let mut row = 0;
-            let (mut sums, mut expected) = ([[0.0; PANEL]; TILE_ROWS_MAX], [[0.0; PANEL]; TILE_ROWS_MAX]);
-            while row < count {
-                let done = job.tile(kernel, row, &mut sums);
-                for (i, sums) in sums[..done].iter().enumerate() {
-                    plain::tile(&job, row + i, &mut expected);
-                    if sums.map(f32::to_bits) != expected[0].map(f32::to_bits) {
-                        return false;
-                    }
-                }
-                row += done;
-            }
-            true
+            let job =
+                Job { bytes: &bytes, codes: kind, inputs, rows: Rows { count, quants: &quants, scales: &scales } };
+            let [found, expected] = [kernel, KernelKind::Plain].map(|kernel| {
+                let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
+                job.tile(kernel, 0..count, &mut sums[..count]);
+                sums.map(|row| row.map(f32::to_bits))
+            });
+            found == expected
         })
     })
 }
@@ -394,25 +446,32 @@ mod tests {
 
     #[test]
     fn products_are_those_of_the_weights_that_were_packed() {
-        let mut panel = vec![0u8; 2 * (2 * PLANE_BYTES + TAIL_BYTES)];
+        for codes in Codes::ALL {
+            products_are_those_of(codes);
+        }
+    }
+
+    fn products_are_those_of(kind: Codes) {
+        let bytes = kind.bytes() + TAIL_BYTES;
+        let mut panel = vec![0u8; 2 * bytes];
         let blocks: Vec<AffineBlock> = (0..PANEL * 2)
             .map(|i| AffineBlock {
-                codes: std::array::from_fn(|k| (i * 31 + k * 7) as u8),
+                codes: std::array::from_fn(|k| ((i * 31 + k * 7) % (1 << kind.bits())) as u8),
                 scale: f16::from_f32(0.5 + i as f32 / 64.0),
                 offset: f16::from_f32(-3.0 + i as f32 / 16.0),
             })
             .collect();
         for lane in 0..PANEL {
-            for (b, bytes) in panel.chunks_exact_mut(2 * PLANE_BYTES + TAIL_BYTES).enumerate() {
-                put(&blocks[lane * 2 + b], lane, 2, bytes);
+            for (b, bytes) in panel.chunks_exact_mut(bytes).enumerate() {
+                put(&blocks[lane * 2 + b], lane, kind, bytes);
             }
         }
         let quants: Vec<i8> = (0..64).map(|k| (k * 5 % 255) as i8).collect();
         let sum = |b: usize| quants[b * 32..][..32].iter().map(|q| f32::from(*q)).sum::<f32>();
         let scales = [0.25, 0.25 * sum(0), 2.0, 2.0 * sum(1)];
         let rows = Rows { count: 1, quants: &quants, scales: &scales };
-        let mut sums = [[0.0; PANEL]; TILE_ROWS_MAX];
-        Job { bytes: &panel, planes: 2, inputs: 64, rows }.tile(*KERNEL, 0, &mut sums);
+        let mut sums = [[0.0; PANEL]];
+        Job { bytes: &panel, codes: kind, inputs: 64, rows }.tile(*KERNEL, 0..1, &mut sums);
         for (lane, sum) in sums[0].iter().enumerate() {
             let mut expected = 0.0;
             for (b, scale) in [0.25f64, 2.0].into_iter().enumerate() {

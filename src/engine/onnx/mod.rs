@@ -5,6 +5,7 @@
 
 mod attention;
 mod graph;
+mod huge_pages;
 mod kv;
 mod layer;
 mod linear;
@@ -30,16 +31,18 @@ use ort::{
 use parking_lot::{Mutex, RwLock};
 
 pub use layer::Part;
+pub(super) use linear::packed_bytes;
 pub use runtime::{OnnxRuntime, RuntimeOptions};
+pub(super) use weights::HEAD_BITS_MAX;
 
 use super::{Batch, BatchSequence, EngineError, Forward};
 use crate::model::{ModelError, ModelFile, ModelParams};
 use graph::{Dim, Graph};
 use kv::{KvCache, KvShape};
-use linear::Layout;
 use operators::Shared;
 use proto::DataType;
 use team::Times;
+use weights::MATRICES;
 
 /// Bytes that one KV block of `block_tokens` tokens takes.
 pub fn kv_block_bytes(params: &ModelParams, block_tokens: usize) -> usize {
@@ -161,7 +164,7 @@ impl Forward for OnnxModel {
 }
 
 fn session(runtime: &OnnxRuntime, shared: &Arc<Shared>) -> Result<Session, EngineError> {
-    let graph = served_graph(&shared.params, &shared.weights.layouts);
+    let graph = served_graph(&shared.params, shared.weights.matrices_bytes);
     let mut builder: SessionBuilder = Session::builder(&runtime.environment)?;
     builder = builder.with_operators(operators::domain(shared)?).map_err(plain)?;
     builder = builder.with_memory_pattern(false).map_err(plain)?;
@@ -204,21 +207,14 @@ fn trim_heap() {
 }
 
 /// The graph of one step: `x` `[rows, width]`, the embeddings, to `logits` `[sampled, vocabulary]`.
-fn served_graph(params: &ModelParams, layouts: &[Layout]) -> Vec<u8> {
+fn served_graph(params: &ModelParams, matrices_bytes: usize) -> Vec<u8> {
     let mut graph = Graph::default();
-    let mut layouts = layouts.iter();
-    let mut matrix = |graph: &mut Graph, name: &str| {
-        graph.weight(name, DataType::U8, &[layouts.next().map_or(0, |layout| layout.bytes)]);
-    };
     graph.input("x", DataType::F32, &[Dim::Named("rows"), Dim::Fixed(params.width)]);
     graph.output("logits", DataType::F32, &[Dim::Named("sampled"), Dim::Fixed(params.vocabulary)]);
+    graph.weight(MATRICES, DataType::U8, &[matrices_bytes]);
     let mut x = "x".to_owned();
     for i in 0..params.layers {
-        let mut inputs = vec![x];
-        for part in operators::LAYER_MATRICES {
-            inputs.push(format!("l{i}.{part}"));
-            matrix(&mut graph, &inputs[inputs.len() - 1]);
-        }
+        let mut inputs = vec![x, MATRICES.to_owned()];
         for (part, width) in operators::layer_norms(params) {
             inputs.push(format!("l{i}.{part}"));
             graph.weight(&inputs[inputs.len() - 1], DataType::F32, &[width]);
@@ -228,7 +224,6 @@ fn served_graph(params: &ModelParams, layouts: &[Layout]) -> Vec<u8> {
         graph.own("Layer", &inputs, &[&x], vec![graph::int("index", i as i64)]);
     }
     graph.weight("head.norm", DataType::F32, &[params.width]);
-    matrix(&mut graph, "head");
-    graph.own("Head", &[&x, "head.norm", "head"], &["logits"], vec![]);
+    graph.own("Head", &[&x, MATRICES, "head.norm"], &["logits"], vec![]);
     graph.encode()
 }

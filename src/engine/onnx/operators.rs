@@ -73,13 +73,15 @@ pub fn domain(shared: &Arc<Shared>) -> Result<OperatorDomain> {
         shared: Arc::clone(shared),
         kernel,
     };
-    let mut of_layer = vec![Float32, Uint8, Uint8, Uint8, Uint8];
+    let mut of_layer = vec![Float32, Uint8];
     of_layer.extend(vec![Float32; layer_norms(&shared.params).len()]);
-    OperatorDomain::new(DOMAIN)?.add(op("Layer", &of_layer, layer))?.add(op("Head", &[Float32, Float32, Uint8], head))
+    OperatorDomain::new(DOMAIN)?.add(op("Layer", &of_layer, layer))?.add(op("Head", &[Float32, Uint8, Float32], head))
 }
 
-/// The matrices of a layer, in the order of its operator's inputs, after the stream.
-pub const LAYER_MATRICES: [&str; 4] = ["qkv", "o", "gate_up", "down"];
+/// Matrices of one layer: QKV, output, gate and up, down.
+const LAYER_MATRICES: usize = 4;
+/// Which input of both operators the bytes of all matrices are.
+const MATRICES_INPUT: usize = 1;
 
 /// The norms of a layer, with their widths, in the order of its operator's inputs, after the matrices.
 pub fn layer_norms(params: &ModelParams) -> Vec<(&'static str, usize)> {
@@ -169,25 +171,27 @@ impl Call<'_> {
         Ok(unsafe { std::slice::from_raw_parts_mut(data.as_mut_ptr(), data.len()) })
     }
 
-    fn matrix(&self, input: usize, layout: usize) -> Result<Matrix<'_>> {
-        Ok(Matrix { layout: &self.shared.weights.layouts[layout], bytes: self.input(input)? })
+    fn matrix(&self, index: usize) -> Result<Matrix<'_>> {
+        let matrix = &self.shared.weights.matrices[index];
+        Ok(Matrix { layout: &matrix.layout, bytes: matrix.of(self.input(MATRICES_INPUT)?) })
     }
 
     /// Runs `work` on every thread of ONNX Runtime's pool, as a team, or here alone if it is so little.
     fn together(&self, products: usize, work: impl Fn(&Member) + Sync + Send) -> Result<()> {
-        let (team, times) = (Team::default(), &self.shared.times);
         let threads = if products < PARALLEL_MIN { 1 } else { self.shared.threads };
+        let (team, times) = (Team::of(threads), &self.shared.times);
         if threads == 1 {
-            team.join(Some(times), work);
+            team.join(0, Some(times), work);
         } else {
             // One of them tells the time.
-            self.context.par_for(threads, threads, |member| team.join((member == 0).then_some(times), &work))?;
+            self.context
+                .par_for(threads, threads, |member| team.join(member, (member == 0).then_some(times), &work))?;
         }
         if team.is_broken() { Err(ort::Error::new("a part of an operator panicked")) } else { Ok(()) }
     }
 }
 
-/// Inputs: the stream, `[rows, width]`, the layer's matrices, its norms. Output: the stream after it, of the
+/// Inputs: the stream, `[rows, width]`, the bytes of all matrices, the layer's norms. Output: the stream after it, of the
 /// sampled rows alone after the last layer.
 fn layer(call: &Call) -> Result<()> {
     let Shared { step, cache, params, .. } = call.shared;
@@ -195,15 +199,15 @@ fn layer(call: &Call) -> Result<()> {
     if x.len() != step.rows.len() * params.width {
         return Err(ort::Error::new("the step and its tensors have different numbers of rows"));
     }
-    let first = call.index * LAYER_MATRICES.len();
-    let mut norms = (1 + LAYER_MATRICES.len()..).map(|at| call.input::<f32>(at));
+    let first = call.index * LAYER_MATRICES;
+    let mut norms = (MATRICES_INPUT + 1..).map(|at| call.input::<f32>(at));
     let mut norm = || norms.next().unwrap_or_else(|| Err(ort::Error::new("a norm is missing")));
     let weights = LayerWeights {
         index: call.index,
-        qkv: call.matrix(1, first)?,
-        output: call.matrix(2, first + 1)?,
-        gate_up: call.matrix(3, first + 2)?,
-        down: call.matrix(4, first + 3)?,
+        qkv: call.matrix(first)?,
+        output: call.matrix(first + 1)?,
+        gate_up: call.matrix(first + 2)?,
+        down: call.matrix(first + 3)?,
         attention_norm: norm()?,
         ffn_norm: norm()?,
         head_norms: if params.has_head_norms { Some([norm()?, norm()?]) } else { None },
@@ -215,16 +219,16 @@ fn layer(call: &Call) -> Result<()> {
     let out = unsafe { call.output(Layer::rows_out(params, &step, call.index), params.width)? };
     let mut scratch = call.shared.scratch.lock();
     let layer = Layer::new(weights, around, x, out, &mut scratch);
-    let products: usize =
-        call.shared.weights.layouts[first..][..LAYER_MATRICES.len()].iter().map(|l| l.inputs * l.outputs).sum();
+    let matrices = &call.shared.weights.matrices[first..][..LAYER_MATRICES];
+    let products: usize = matrices.iter().map(|m| m.layout.inputs * m.layout.outputs).sum();
     call.together(products * step.rows.len(), |team| layer.compute(team))
 }
 
-/// Inputs: rows, `[rows, width]`, the norm's weights, the packed matrix. Output: logits.
+/// Inputs: rows, `[rows, width]`, the bytes of all matrices, the norm's weights. Output: logits.
 fn head(call: &Call) -> Result<()> {
     let params = &call.shared.params;
-    let (x, norm) = (call.input::<f32>(0)?, call.input::<f32>(1)?);
-    let matrix = call.matrix(2, call.shared.weights.layouts.len() - 1)?;
+    let (x, norm) = (call.input::<f32>(0)?, call.input::<f32>(MATRICES_INPUT + 1)?);
+    let matrix = call.matrix(call.shared.weights.matrices.len() - 1)?;
     let rows = x.len() / params.width;
     // SAFETY: once.
     let out = unsafe { call.output(rows, matrix.layout.outputs)? };

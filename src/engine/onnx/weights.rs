@@ -1,26 +1,41 @@
 //! The tensors of a model file, as our graphs take them.
 
-use std::sync::{
-    Arc, Weak,
-    atomic::{AtomicUsize, Ordering::Relaxed},
-};
+use std::sync::{Arc, Weak};
 
 use ort::value::{DynValue, Tensor};
 use parking_lot::Mutex;
 
 use super::{
-    EngineError,
-    linear::{Layout, Linear},
+    EngineError, huge_pages,
+    linear::{CACHE_LINE, Layout},
     operators::layer_norms,
 };
 use crate::model::{ModelError, ModelFile};
 
 /// Everything that the served graph is given beside the step's rows.
 pub struct Weights {
-    /// How the matrices are packed, in the order of the graph.
-    pub layouts: Vec<Layout>,
+    /// Where each matrix stands in the tensor [`MATRICES`], in the order of the graph.
+    pub matrices: Vec<PackedMatrix>,
+    /// Of that tensor.
+    pub matrices_bytes: usize,
     pub tensors: Vec<(String, Arc<DynValue>)>,
 }
+
+pub struct PackedMatrix {
+    pub layout: Layout,
+    from: usize,
+}
+
+impl PackedMatrix {
+    /// Its part of all matrices' bytes.
+    pub fn of<'a>(&self, all: &'a [u8]) -> &'a [u8] {
+        &all[self.from..][..self.layout.bytes]
+    }
+}
+
+/// The tensor with the bytes of all matrices. One, because memory that lies together can be mapped in huge
+/// pages; in small ones a step of few rows spends a tenth of its time on looking pages up.
+pub const MATRICES: &str = "matrices";
 
 /// What engines have packed and still use: two that serve the same file have one copy.
 #[derive(Default)]
@@ -38,93 +53,112 @@ impl Pack {
         if let Some(weights) = found.and_then(|(_, weights)| weights.upgrade()) {
             return Ok(weights);
         }
-        let weights = Arc::new(Weights::of(load(file)?)?);
+        let weights = Arc::new(Weights::of(file)?);
         packed.push((Arc::downgrade(file), Arc::downgrade(&weights)));
         Ok(weights)
     }
 }
 
 impl Weights {
-    fn of(parts: Parts) -> Result<Self, EngineError> {
-        let Parts { linears, norms } = parts;
-        let mut weights = Self { layouts: Vec::new(), tensors: Vec::new() };
-        for (name, linear) in linears {
-            let (layout, bytes) = linear.into_parts();
-            weights.tensors.push((name, Arc::new(Tensor::from_array(([bytes.len()], bytes))?.into_dyn())));
-            weights.layouts.push(layout);
+    fn of(file: &ModelFile) -> Result<Self, EngineError> {
+        let (matrices, bytes) = pack(file)?;
+        let matrices_bytes = bytes.len();
+        let mut tensors =
+            vec![(MATRICES.to_owned(), Arc::new(Tensor::from_array(([matrices_bytes], bytes))?.into_dyn()))];
+        for (name, norm) in norms(file)? {
+            tensors.push((name, Arc::new(Tensor::from_array(([norm.len()], norm))?.into_dyn())));
         }
-        for (name, norm) in norms {
-            weights.tensors.push((name, Arc::new(Tensor::from_array(([norm.len()], norm))?.into_dyn())));
-        }
-        Ok(weights)
+        Ok(Self { matrices, matrices_bytes, tensors })
     }
 }
 
-/// By name.
-struct Parts {
-    linears: Vec<(String, Linear)>,
-    norms: Vec<(String, Vec<f32>)>,
+/// Bits of a code of the head. It is the largest matrix, and stands after everything that could make a rounding
+/// error grow; `docs/PERFORMANCE.md` has what the last bit costs and gives.
+pub const HEAD_BITS_MAX: u32 = 7;
+
+/// Tensors that make one matrix together.
+struct Source {
+    inputs: usize,
+    bits_max: u32,
+    parts: Vec<(String, usize)>,
 }
 
-/// Packs all matrices of the model, in the order of the graph, on all processors.
-fn load(file: &ModelFile) -> Result<Parts, ModelError> {
-    let layers = file.params.layers;
-    let next = AtomicUsize::new(0);
-    let done = Mutex::new(Vec::new());
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(layers + 1);
+/// All matrices of the model, in the order of the graph.
+fn sources(file: &ModelFile) -> Vec<Source> {
+    let p = &file.params;
+    let mut sources = Vec::new();
+    for layer in 0..p.layers {
+        let mut add = |inputs: usize, parts: &[(&str, usize)]| {
+            let parts = parts.iter().map(|(part, outputs)| (format!("blk.{layer}.{part}.weight"), *outputs)).collect();
+            sources.push(Source { inputs, bits_max: 8, parts });
+        };
+        add(p.width, &[("attn_q", p.query_width()), ("attn_k", p.kv_width()), ("attn_v", p.kv_width())]);
+        add(p.query_width(), &[("attn_output", p.width)]);
+        add(p.width, &[("ffn_gate", p.ffn_width), ("ffn_up", p.ffn_width)]);
+        add(p.ffn_width, &[("ffn_down", p.width)]);
+    }
+    sources.push(Source {
+        inputs: p.width,
+        bits_max: HEAD_BITS_MAX,
+        parts: vec![(head_tensor(file).to_owned(), p.vocabulary)],
+    });
+    sources
+}
+
+/// Packs all matrices, on all processors.
+fn pack(file: &ModelFile) -> Result<(Vec<PackedMatrix>, Vec<u8>), ModelError> {
+    let sources = sources(file);
+    let parts: Vec<Vec<(&str, usize)>> =
+        sources.iter().map(|s| s.parts.iter().map(|(name, outputs)| (name.as_str(), *outputs)).collect()).collect();
+    let mut matrices = Vec::new();
+    let mut end = 0;
+    for (source, parts) in sources.iter().zip(&parts) {
+        let layout = Layout::new(&file.tensors, parts, source.inputs, source.bits_max)?;
+        matrices.push(PackedMatrix { from: end, layout });
+        end += matrices[matrices.len() - 1].layout.bytes;
+    }
+    let mut bytes = vec![0u8; end + CACHE_LINE];
+    huge_pages::prefer(&mut bytes);
+    let start = bytes.as_ptr().align_offset(CACHE_LINE) % CACHE_LINE;
+    matrices.iter_mut().for_each(|matrix| matrix.from += start);
+    let mut jobs = Vec::new();
+    let mut rest = &mut bytes[start..];
+    for (matrix, parts) in matrices.iter().zip(&parts) {
+        let (own, others) = rest.split_at_mut(matrix.layout.bytes);
+        jobs.push((&matrix.layout, parts, own));
+        rest = others;
+    }
+    // From the end: the head is the largest.
+    let (jobs, failed) = (Mutex::new(jobs), Mutex::new(None));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                // The head is the largest piece, so it is taken first.
-                while let n = next.fetch_add(1, Relaxed)
-                    && n <= layers
-                {
-                    let built = if n == 0 { head(file) } else { layer(file, n - 1) };
-                    done.lock().push((if n == 0 { layers } else { n - 1 }, built));
+                let next = || jobs.lock().pop();
+                while let Some((layout, parts, bytes)) = next() {
+                    if let Err(error) = layout.pack(&file.tensors, parts, bytes) {
+                        *failed.lock() = Some(error);
+                    }
                 }
             });
         }
     });
-    let mut done = done.into_inner();
-    done.sort_by_key(|(at, _)| *at);
-    let mut all = Parts { linears: Vec::new(), norms: Vec::new() };
-    for (_, part) in done {
-        let part = part?;
-        all.linears.extend(part.linears);
-        all.norms.extend(part.norms);
+    match failed.into_inner() {
+        Some(error) => Err(error),
+        None => Ok((matrices, bytes)),
     }
-    Ok(all)
 }
 
-fn layer(file: &ModelFile, layer: usize) -> Result<Parts, ModelError> {
+/// All norms of the model, by the names that the graph has for them.
+fn norms(file: &ModelFile) -> Result<Vec<(String, Vec<f32>)>, ModelError> {
     let p = &file.params;
-    let tensor = |part: &str| format!("blk.{layer}.{part}.weight");
-    let linear = |name: &str, inputs: usize, parts: &[(&str, usize)]| {
-        let parts: Vec<_> = parts.iter().map(|(part, outputs)| (tensor(part), *outputs)).collect();
-        let parts: Vec<_> = parts.iter().map(|(part, outputs)| (part.as_str(), *outputs)).collect();
-        Ok::<_, ModelError>((format!("l{layer}.{name}"), Linear::pack(&file.tensors, &parts, inputs)?))
-    };
-    let mut norms = Vec::new();
-    for (part, width) in layer_norms(p) {
-        norms.push((format!("l{layer}.{part}"), norm(file, &tensor(part), width)?));
+    let mut norms = vec![("head.norm".to_owned(), norm(file, "output_norm.weight", p.width)?)];
+    for layer in 0..p.layers {
+        for (part, width) in layer_norms(p) {
+            norms.push((format!("l{layer}.{part}"), norm(file, &format!("blk.{layer}.{part}.weight"), width)?));
+        }
     }
-    let qkv = [("attn_q", p.query_width()), ("attn_k", p.kv_width()), ("attn_v", p.kv_width())];
-    Ok(Parts {
-        linears: vec![
-            linear("qkv", p.width, &qkv)?,
-            linear("o", p.query_width(), &[("attn_output", p.width)])?,
-            linear("gate_up", p.width, &[("ffn_gate", p.ffn_width), ("ffn_up", p.ffn_width)])?,
-            linear("down", p.ffn_width, &[("ffn_down", p.width)])?,
-        ],
-        norms,
-    })
-}
-
-fn head(file: &ModelFile) -> Result<Parts, ModelError> {
-    let p = &file.params;
-    let head = Linear::pack(&file.tensors, &[(head_tensor(file), p.vocabulary)], p.width)?;
-    let norms = vec![("head.norm".to_owned(), norm(file, "output_norm.weight", p.width)?)];
-    Ok(Parts { linears: vec![("head".to_owned(), head)], norms })
+    Ok(norms)
 }
 
 /// Name of the tensor with the output matrix: its own, or the embedding where the model ties them.
