@@ -33,6 +33,9 @@ pub enum Models {
         /// Read only so many tokens of the text
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
         tokens: Option<u32>,
+        /// Instead, compare those weights with themselves when keys and values are kept in this format
+        #[arg(long, value_name = "FORMAT")]
+        kv: Option<check::Kv>,
     },
     /// Take a model out of the catalogue
     Rm {
@@ -62,7 +65,7 @@ pub fn run(config: &Config, command: Models, output: Output) -> Result<(), CliEr
             let name = pulled?;
             print(output, &super::json(&catalog.entry(&name, used_by(config, &name)))?)
         }
-        Models::Check { model, tokens } => check::run(config, &catalog, &model, tokens, output),
+        Models::Check { model, tokens, kv } => check::run(config, &catalog, &model, tokens, kv, output),
         Models::Rm { model, force } => {
             let used_by = used_by(config, &model);
             catalog.remove(&model, &used_by, force)?;

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use super::{
     Batch, BatchSequence, EngineError, Forward,
-    onnx::{OnnxModel, OnnxRuntime, reference::Reference},
+    onnx::{
+        OnnxModel, OnnxRuntime,
+        reference::{KvFormat, Reference},
+    },
 };
 use crate::model::ModelFile;
 
@@ -83,25 +86,12 @@ pub fn measure(
     passage: &Passage,
     mut progress: impl FnMut(usize),
 ) -> Result<Quality, EngineError> {
-    if passage.tokens.len() < 2 {
-        return Err(EngineError::Limits("quality is measured over two tokens at least".into()));
-    }
-    let window = WINDOW_TOKENS.min(file.params.context_tokens);
+    let window = window_tokens(file);
     let blocks: Vec<u32> = (0..window.div_ceil(KV_BLOCK_TOKENS) as u32).collect();
     let mut served = OnnxModel::load(runtime, file, blocks.len(), KV_BLOCK_TOKENS, window)?;
     let mut reference = Reference::load(runtime, file, window)?;
-    let vocabulary = served.vocabulary();
     let mut sums = Sums::default();
-    let lead = usize::from(passage.bos.is_some());
-    let mut input = Vec::with_capacity(window);
-    // The last token of the passage has no successor to be held against.
-    for from in (0..passage.tokens.len() - 1).step_by(window - lead) {
-        let piece = &passage.tokens[from..passage.tokens.len().min(from + window - lead + 1)];
-        let (read, nexts) = (&piece[..piece.len() - 1], &piece[1..]);
-        input.clear();
-        input.extend(passage.bos);
-        input.extend_from_slice(read);
-        let expected = reference.logits(&input)?;
+    compare(passage, &mut reference, &mut sums, |input, window| {
         for computed in (0..input.len()).step_by(STEP_ROWS) {
             let rows = STEP_ROWS.min(input.len() - computed);
             let tokens = &input[..computed + rows];
@@ -113,18 +103,89 @@ pub fn measure(
                 logits_rows: rows,
                 blocks: &blocks,
             };
-            let got = served.forward(&Batch { sequences: vec![sequence] })?;
-            let expected = &expected[computed * vocabulary..][..rows * vocabulary];
-            let both = expected.chunks_exact(vocabulary).zip(got.chunks_exact(vocabulary));
-            for (at, (expected, got)) in (computed..).zip(both) {
-                if let Some(at) = at.checked_sub(lead) {
-                    sums.add(expected, got, nexts[at] as usize)?;
-                }
-            }
-            progress(sums.positions);
+            progress(window.add(computed, served.forward(&Batch { sequences: vec![sequence] })?)?);
         }
-    }
+        Ok(())
+    })?;
     Ok(sums.quality())
+}
+
+/// What a format of keys and values costs by itself: fp32 weights with it, held against those without.
+///
+/// # Errors
+/// As [`measure`].
+pub fn kv_cost(
+    runtime: &OnnxRuntime,
+    file: &Arc<ModelFile>,
+    passage: &Passage,
+    format: KvFormat,
+    mut progress: impl FnMut(usize),
+) -> Result<Quality, EngineError> {
+    let tokens = window_tokens(file);
+    let mut rounding = Reference::load_with(runtime, file, tokens, format)?;
+    let mut reference = Reference::load(runtime, file, tokens)?;
+    let mut sums = Sums::default();
+    compare(passage, &mut reference, &mut sums, |input, window| {
+        progress(window.add(0, &rounding.logits(input)?)?);
+        Ok(())
+    })?;
+    Ok(sums.quality())
+}
+
+fn window_tokens(file: &ModelFile) -> usize {
+    WINDOW_TOKENS.min(file.params.context_tokens)
+}
+
+/// Reads the passage window by window; `got` is given the tokens of each, and adds the other graph's logits.
+fn compare(
+    passage: &Passage,
+    reference: &mut Reference,
+    sums: &mut Sums,
+    mut got: impl FnMut(&[u32], &mut Window) -> Result<(), EngineError>,
+) -> Result<(), EngineError> {
+    if passage.tokens.len() < 2 {
+        return Err(EngineError::Limits("quality is measured over two tokens at least".into()));
+    }
+    let lead = usize::from(passage.bos.is_some());
+    let tokens = reference.tokens_max() - lead;
+    let mut input = Vec::with_capacity(tokens + lead);
+    // The last token of the passage has no successor to be held against.
+    for from in (0..passage.tokens.len() - 1).step_by(tokens) {
+        let piece = &passage.tokens[from..passage.tokens.len().min(from + tokens + 1)];
+        let (read, nexts) = (&piece[..piece.len() - 1], &piece[1..]);
+        input.clear();
+        input.extend(passage.bos);
+        input.extend_from_slice(read);
+        let expected = reference.logits(&input)?;
+        got(&input, &mut Window { expected: &expected, rows: input.len(), nexts, lead, sums })?;
+    }
+    Ok(())
+}
+
+/// What the reference says about one window.
+struct Window<'a> {
+    /// `[rows, vocabulary]`
+    expected: &'a [f32],
+    rows: usize,
+    /// The tokens that do follow, after the lead.
+    nexts: &'a [u32],
+    lead: usize,
+    sums: &'a mut Sums,
+}
+
+impl Window<'_> {
+    /// The other graph's logits of some rows from `first` on. How many positions are compared by now.
+    fn add(&mut self, first: usize, got: &[f32]) -> Result<usize, EngineError> {
+        let vocabulary = self.expected.len() / self.rows;
+        let expected = &self.expected[first * vocabulary..];
+        for (at, (expected, got)) in (first..).zip(expected.chunks_exact(vocabulary).zip(got.chunks_exact(vocabulary)))
+        {
+            if let Some(at) = at.checked_sub(self.lead) {
+                self.sums.add(expected, got, self.nexts[at] as usize)?;
+            }
+        }
+        Ok(self.sums.positions)
+    }
 }
 
 #[derive(Default)]

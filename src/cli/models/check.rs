@@ -11,7 +11,10 @@ use crate::{
     catalog::Catalog,
     cli::{CliError, Output, bar::Bar, print},
     config::Config,
-    engine::quality::{self, Bounds, Passage},
+    engine::{
+        onnx::reference::KvFormat,
+        quality::{self, Bounds, Passage},
+    },
     model::ModelFile,
     node::{self, NodeError},
     prompt::Tokenizer,
@@ -20,11 +23,30 @@ use crate::{
 const TEXT: &str = include_str!("opticks.txt");
 const BOUNDS: Bounds = Bounds { perplexity_off_max: 0.01, kl_mean_max: 0.01 };
 
+/// A format of keys and values.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Kv {
+    /// Half precision, which is what is served
+    Half,
+    /// Eight bits, with one scale for each token and head
+    Byte,
+}
+
+impl Kv {
+    fn format(self) -> KvFormat {
+        match self {
+            Self::Half => KvFormat::Half,
+            Self::Byte => KvFormat::Byte,
+        }
+    }
+}
+
 pub fn run(
     config: &Config,
     catalog: &Catalog,
     model: &str,
     tokens_max: Option<u32>,
+    kv: Option<Kv>,
     output: Output,
 ) -> Result<(), CliError> {
     let name = match config.models.get(model) {
@@ -45,7 +67,11 @@ pub fn run(
     let total = tokens.len() as u64 - 1;
     bar.show("loading", 0, Some(total));
     let passage = Passage { tokens: &tokens, bos };
-    let measured = quality::measure(&runtime, &file, &passage, |done| bar.show("positions", done as u64, Some(total)));
+    let progress = |done| bar.show("positions", done as u64, Some(total));
+    let measured = match kv {
+        None => quality::measure(&runtime, &file, &passage, progress),
+        Some(kv) => quality::kv_cost(&runtime, &file, &passage, kv.format(), progress),
+    };
     bar.clear();
     let quality = measured.map_err(NodeError::from)?;
     print(

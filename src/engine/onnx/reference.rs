@@ -24,9 +24,30 @@ pub struct Reference {
     tokens_max: usize,
 }
 
+/// What keys and values are rounded to before attention reads them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvFormat {
+    /// As they are computed.
+    Single,
+    /// Half precision: what the served graph keeps.
+    Half,
+    /// Eight bits, with one scale for each token and head.
+    Byte,
+}
+
 impl Reference {
     pub fn load(runtime: &OnnxRuntime, file: &Arc<ModelFile>, tokens_max: usize) -> Result<Self, EngineError> {
-        let mut build = Builder { graph: Graph::default(), weights: Vec::new(), file };
+        Self::load_with(runtime, file, tokens_max, KvFormat::Single)
+    }
+
+    /// With rounded keys and values, to tell what a format of theirs costs by itself.
+    pub fn load_with(
+        runtime: &OnnxRuntime,
+        file: &Arc<ModelFile>,
+        tokens_max: usize,
+        kv: KvFormat,
+    ) -> Result<Self, EngineError> {
+        let mut build = Builder { graph: Graph::default(), weights: Vec::new(), file, kv };
         build.model()?;
         let mut builder = Session::builder(&runtime.environment)?
             .with_optimization_level(GraphOptimizationLevel::Level1)
@@ -36,6 +57,10 @@ impl Reference {
         }
         let session = builder.commit_from_memory(&build.graph.encode())?;
         Ok(Self { session, file: Arc::clone(file), tokens_max })
+    }
+
+    pub fn tokens_max(&self) -> usize {
+        self.tokens_max
     }
 
     /// Logits after each of `tokens`, `[tokens, vocabulary]`, row-major.
@@ -120,6 +145,7 @@ struct Builder<'a> {
     graph: Graph,
     weights: Vec<(String, DynValue)>,
     file: &'a ModelFile,
+    kv: KvFormat,
 }
 
 impl Builder<'_> {
@@ -133,6 +159,9 @@ impl Builder<'_> {
         let file = self.file;
         let p = &file.params;
         self.inputs(p)?;
+        if self.kv == KvFormat::Byte {
+            self.weight("kv.step", &[1], vec![1.0 / 127.0])?;
+        }
         let mut x = "x".to_owned();
         for layer in 0..p.layers {
             let tensor = |part: &str| format!("blk.{layer}.{part}.weight");
@@ -229,12 +258,13 @@ impl Builder<'_> {
             }
             self.rotary(p, kind, [&from, pairs, heads], &n(&format!("{part}.rotated")));
         }
+        let (keys, values) = (self.rounded(&n("k.rotated")), self.rounded(&n("v.plain")));
         let g = &mut self.graph;
         for (part, from, shape) in
-            [("q", "q.rotated", "q_grouped"), ("k", "k.rotated", "k_grouped"), ("v", "v.plain", "k_grouped")]
+            [("q", n("q.rotated"), "q_grouped"), ("k", keys, "k_grouped"), ("v", values, "k_grouped")]
         {
             let (turned, grouped) = (n(&format!("{part}.turned")), n(&format!("{part}.grouped")));
-            g.node("Transpose", &[&n(from)], &[&turned], vec![ints("perm", &[1, 0, 2])]);
+            g.node("Transpose", &[&from], &[&turned], vec![ints("perm", &[1, 0, 2])]);
             g.node("Reshape", &[&turned, shape], &[&grouped], vec![]);
         }
         g.node("Transpose", &[&n("k.grouped")], &[&n("k.t")], vec![ints("perm", &[0, 1, 3, 2])]);
@@ -247,6 +277,30 @@ impl Builder<'_> {
         g.node("Transpose", &[&n("mixed.heads")], &[&n("mixed.rows")], vec![ints("perm", &[1, 0, 2])]);
         g.node("Reshape", &[&n("mixed.rows"), "flat"], &[&n("mixed.flat")], vec![]);
         self.linear(&tensor("attn_output"), p.query_width(), p.width, &n("mixed.flat"), &n("o"))
+    }
+
+    /// Keys or values, `[tokens, heads, head_size]`, as they come out of their format. Their name.
+    fn rounded(&mut self, from: &str) -> String {
+        const FLOAT: i64 = 1;
+        const FLOAT16: i64 = 10;
+        let n = |part: &str| format!("{from}.{part}");
+        let g = &mut self.graph;
+        match self.kv {
+            KvFormat::Single => return from.to_owned(),
+            KvFormat::Half => {
+                g.node("Cast", &[from], &[&n("half")], vec![int("to", FLOAT16)]);
+                g.node("Cast", &[&n("half")], &[&n("kept")], vec![int("to", FLOAT)]);
+            }
+            KvFormat::Byte => {
+                g.node("Abs", &[from], &[&n("sizes")], vec![]);
+                g.node("ReduceMax", &[&n("sizes"), "last"], &[&n("largest")], vec![]);
+                g.node("Mul", &[&n("largest"), "kv.step"], &[&n("scale")], vec![]);
+                g.node("Div", &[from, &n("scale")], &[&n("codes")], vec![]);
+                g.node("Round", &[&n("codes")], &[&n("rounded")], vec![]);
+                g.node("Mul", &[&n("rounded"), &n("scale")], &[&n("kept")], vec![]);
+            }
+        }
+        n("kept")
     }
 
     fn linear(&mut self, tensor: &str, inputs: usize, outputs: usize, from: &str, to: &str) -> Result<(), EngineError> {
