@@ -90,6 +90,9 @@ async fn serve(
     let name = request.model.as_deref().unwrap_or(settings.default_model.as_str());
     let (model, served) = state.models.get_key_value(name).ok_or_else(|| ApiError::model_not_found(name))?;
     *model_label = Some(model.clone());
+    if let Some(asked) = request.output_tokens_max {
+        asked.fits(served.context_tokens_max)?;
+    }
     let messages = std::mem::take(&mut request.messages);
     if messages.iter().any(|message| message.name.is_some()) && !state.knows_names(model) {
         request.ignored.push("messages[].name".to_owned());
@@ -97,7 +100,7 @@ async fn serve(
     let prompt = state.pool.tokens(model.clone(), messages).await.map_err(ApiError::from)?;
     let room = served.context_tokens_max.saturating_sub(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
     let cap = served.output_tokens_max.min(room);
-    let output_tokens_max = request.output_tokens_max.map_or(cap, |asked| asked.min(cap));
+    let output_tokens_max = request.output_tokens_max.map_or(cap, |asked| asked.capped(cap));
 
     let wanted = Wanted {
         request: arrival.request_id(),

@@ -19,7 +19,7 @@ pub struct ChatRequest {
     pub model: Option<String>,
     pub messages: Vec<Message>,
     /// `None`: as much as the model may.
-    pub output_tokens_max: Option<u32>,
+    pub output_tokens_max: Option<OutputTokensMax>,
     pub sampling: SamplingParams,
     pub stop: Vec<String>,
     pub ignore_eos: bool,
@@ -76,6 +76,36 @@ pub fn parse(body: &[u8], messages_max: usize) -> Result<ChatRequest, ApiError> 
     })
 }
 
+/// How long the client wants the answer to be at most, and in which of the two fields it said so.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OutputTokensMax {
+    field: &'static str,
+    tokens: u64,
+}
+
+impl OutputTokensMax {
+    /// The asked count, where no answer is longer than `cap` tokens.
+    pub fn capped(self, cap: u32) -> u32 {
+        u32::try_from(self.tokens).map_or(cap, |tokens| tokens.min(cap))
+    }
+
+    /// More than the model answers at once is cut to that; more than it could ever hold is a mistake.
+    ///
+    /// # Errors
+    /// 400 when the count is beyond a context of `context` tokens.
+    pub fn fits(self, context: u32) -> Result<(), ApiError> {
+        if self.tokens <= u64::from(context) {
+            return Ok(());
+        }
+        let Self { field, tokens } = self;
+        let why = format!(
+            "Invalid '{field}': {tokens} is too large. This model's maximum context length is {context} tokens, \
+             for messages and answer together."
+        );
+        Err(ApiError::field("context_length_exceeded", field, why))
+    }
+}
+
 /// A field that is there and not null.
 fn given<'a>(object: &'a Map<String, Value>, name: &str) -> Option<&'a Value> {
     object.get(name).filter(|value| !value.is_null())
@@ -121,11 +151,10 @@ fn outside(name: &str, min: impl std::fmt::Display, max: impl std::fmt::Display,
     ApiError::field("out_of_range", name, why)
 }
 
-/// More than any model has is as good as the most that the model has.
-fn output_tokens(request: &Map<String, Value>, name: &str) -> Result<Option<u32>, ApiError> {
+fn output_tokens(request: &Map<String, Value>, name: &'static str) -> Result<Option<OutputTokensMax>, ApiError> {
     let Some(value) = given(request, name) else { return Ok(None) };
     if let Some(tokens) = value.as_u64().filter(|tokens| *tokens > 0) {
-        return Ok(Some(u32::try_from(tokens).unwrap_or(u32::MAX)));
+        return Ok(Some(OutputTokensMax { field: name, tokens }));
     }
     if value.is_i64() || value.is_u64() {
         let why = format!("Invalid '{name}': expected a value of at least 1, but got {value}.");

@@ -149,8 +149,8 @@ async fn output_is_capped_by_the_model_and_by_what_is_left_of_the_context() {
     let front = Front::start().await;
     let fixed = u32::try_from(format!("#{PRELUDE}#\n#user\n#\n#assistant\n").len()).unwrap();
     for (content, asked, capped) in [
-        (1, json!(1_000_000), OUTPUT_MAX),
-        (1, json!(u64::MAX), OUTPUT_MAX),
+        (1, json!(OUTPUT_MAX + 1), OUTPUT_MAX),
+        (1, json!(CONTEXT), OUTPUT_MAX),
         (1, json!(null), OUTPUT_MAX),
         (CONTEXT - fixed - 5, json!(null), 5),
         (CONTEXT - fixed - 1, json!(100), 1),
