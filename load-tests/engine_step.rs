@@ -14,6 +14,7 @@ use lightcone::{
 
 const CONTEXT: usize = 256;
 const BLOCK: usize = 16;
+const LONG: usize = 2000;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let data_dir = PathBuf::from(std::env::args().nth(1).unwrap_or_else(|| ".lightcone".into()));
@@ -31,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for from in (0..CONTEXT).step_by(64) {
         step(&mut model, &tokens, 32, from, 64)?;
     }
-    for sequences in [1usize, 2, 4, 8, 16, 32] {
+    for sequences in [1usize, 2, 4, 5, 6, 7, 8, 12, 16, 32] {
         let ms = median(24, || step(&mut model, &tokens, sequences, CONTEXT - 1, 1))?;
         let rate = sequences as f64 / ms * 1e3;
         println!("decode  {sequences:3} sequences at {CONTEXT} tokens: {ms:7.2} ms a step, {rate:6.0} tokens/s");
@@ -43,7 +44,37 @@ fn main() -> Result<(), Box<dyn Error>> {
         println!("prefill {rows:3} rows of one sequence:       {ms:7.2} ms a step, {rate:6.0} tokens/s");
         println!("    {}", parts(&model));
     }
+    for streams in [1usize, 4] {
+        for rows in [0usize, 1, 2, 4, 5, 8, 16] {
+            let ms = median(24, || mixed(&mut model, &tokens, streams, rows))?;
+            println!("{streams} streams and {rows:2} rows of a prompt of {LONG} tokens: {ms:7.2} ms a step");
+            println!("    {}", parts(&model));
+        }
+    }
     println!("{}", memory()?);
+    Ok(())
+}
+
+/// Streams decode, and `rows` at the end of a long prompt catch up.
+fn mixed(model: &mut OnnxModel, tokens: &[u32], streams: usize, rows: usize) -> Result<(), Box<dyn Error>> {
+    let of = |blocks: std::ops::Range<usize>| blocks.map(|block| block as u32).collect::<Vec<u32>>();
+    let long = of(0..LONG / BLOCK);
+    let others: Vec<_> = (0..streams).map(|s| of(LONG / BLOCK + s * 16..LONG / BLOCK + s * 16 + 16)).collect();
+    let decode = |blocks| BatchSequence {
+        tokens: &tokens[..CONTEXT],
+        prompt_tokens: CONTEXT - 1,
+        computed: CONTEXT - 1,
+        rows: 1,
+        logits_rows: 1,
+        blocks,
+    };
+    let mut sequences: Vec<_> = others.iter().map(|blocks| decode(blocks)).collect();
+    if rows > 0 {
+        let computed = LONG - rows - 1;
+        let tokens = &tokens[..LONG];
+        sequences.push(BatchSequence { tokens, prompt_tokens: LONG, computed, rows, logits_rows: 0, blocks: &long });
+    }
+    model.forward(&Batch { sequences })?;
     Ok(())
 }
 

@@ -1,7 +1,8 @@
 //! What a step costs, learnt from the steps themselves. Pure: measured times are arguments.
 //!
 //! A step's time is taken to be a sum: a part that every step costs, and parts for its rows, for the rows
-//! whose logits are wanted, and for the tokens that attention reads. The four factors are fitted to the last
+//! whose logits are wanted, for the tokens that attention goes over and for those that it brings from memory. The
+//! five factors are fitted to the last
 //! few dozen steps by least squares with fading memory; where these say nothing about a factor it stays what
 //! it was. How busy the machine is at the moment is followed apart from that: it makes all steps longer alike,
 //! and only what steps cost compared with each other counts here. Only decides how much goes into a step,
@@ -15,7 +16,7 @@ const MIXED_RATIO_MAX: f64 = 1.7;
 /// crawl.
 const STREAMS_PER_PROMPT: f64 = 4.0;
 /// Rows that catch up in any case, so that a prompt gets on beside any number of streams.
-const CHUNK_TOKENS_MIN: usize = 4;
+const CHUNK_TOKENS_MIN: usize = 2;
 /// What one step's measurement weighs after the next one.
 const MEMORY: f64 = 0.97;
 /// How much the factors resist what few steps say.
@@ -27,15 +28,17 @@ const SURPRISE_MAX: f64 = 1.5;
 /// Eight rows cost at least this part of what every step costs, whatever the fit says.
 const ROWS_COST_MIN: f64 = 0.05;
 
-const FACTORS: usize = 4;
+const FACTORS: usize = 5;
 
 /// What a step has to do.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Load {
     pub rows: usize,
     pub logits_rows: usize,
-    /// Tokens that attention reads, summed over the rows.
+    /// Tokens that attention goes over, summed over the rows.
     pub reads: usize,
+    /// Tokens whose keys and values come from memory: summed over the sequences, however many rows each has.
+    pub swept: usize,
 }
 
 impl Load {
@@ -44,11 +47,13 @@ impl Load {
         self.rows += rows;
         self.logits_rows += logits_rows;
         self.reads += rows * position + rows * (rows + 1) / 2;
+        self.swept += position + rows;
     }
 
     /// In units that make the factors alike in size.
     fn features(&self) -> [f64; FACTORS] {
-        [1.0, self.rows as f64 / 8.0, self.logits_rows as f64 / 8.0, self.reads as f64 / 8192.0]
+        let many = |tokens: usize| tokens as f64 / 8192.0;
+        [1.0, self.rows as f64 / 8.0, self.logits_rows as f64 / 8.0, many(self.reads), many(self.swept)]
     }
 }
 
@@ -67,8 +72,8 @@ pub struct Pace {
 impl Pace {
     pub fn new() -> Self {
         // Rows cost a tenth of a step each, until it is known better.
-        let factors = [1.0, 0.8, 0.2, 0.4];
-        Self { factors, busyness: 1.0, products: Default::default(), times: [0.0; 4], rows_seen: 0.0, steps: 0 }
+        let factors = [1.0, 0.8, 0.2, 0.4, 0.4];
+        Self { factors, busyness: 1.0, products: Default::default(), times: [0.0; FACTORS], rows_seen: 0.0, steps: 0 }
     }
 
     /// Notes that a step took `ms`.
@@ -96,9 +101,10 @@ impl Pace {
             right[i] += STIFFNESS * self.factors[i];
         }
         // More work never takes less time, and no step is free.
-        let [step, rows, logits, reads] = solve(matrix, right);
+        let [step, rows, rest @ ..] = solve(matrix, right);
         let step = step.max(1e-3);
-        self.factors = [step, rows.max(ROWS_COST_MIN * step), logits.max(0.0), reads.max(0.0)];
+        let [logits, reads, swept] = rest.map(|factor| factor.max(0.0));
+        self.factors = [step, rows.max(ROWS_COST_MIN * step), logits, reads, swept];
     }
 
     /// In steps of an idle machine, more or less.
@@ -113,7 +119,8 @@ impl Pace {
         }
         let crowd = STREAMS_PER_PROMPT * prompts.saturating_sub(1) as f64 / decodes.rows.max(1) as f64;
         let spare = (MIXED_RATIO_MAX - 1.0) * crowd.max(1.0) * self.expected(decodes);
-        let rows = (spare / self.row(position, 0)) as usize;
+        let sweep = self.cost(Load { swept: position, ..Load::default() });
+        let rows = ((spare - sweep) / self.row(position, 0)) as usize;
         // What no step of late was like is approached, not jumped at.
         let known = (2.0 * self.rows_seen) as usize - decodes.rows.min(self.rows_seen as usize);
         rows.min(known).max(CHUNK_TOKENS_MIN)
@@ -127,10 +134,14 @@ impl Pace {
         self.row(position, 1) / self.expected(decodes)
     }
 
+    /// Of one more row of a sequence whose keys and values are read in any case.
     fn row(&self, position: usize, logits_rows: usize) -> f64 {
-        let mut row = Load::default();
-        row.add(position, 1, logits_rows);
-        self.expected(row) - self.factors[0]
+        self.cost(Load { rows: 1, logits_rows, reads: position + 1, swept: 1 })
+    }
+
+    /// What `load` adds to a step.
+    fn cost(&self, load: Load) -> f64 {
+        self.expected(load) - self.factors[0]
     }
 }
 
@@ -163,7 +174,8 @@ mod tests {
     /// Milliseconds of a machine that wastes less the more rows there are.
     fn machine(load: Load, slowness: f64) -> f64 {
         let rows = load.rows as f64;
-        slowness * (8.0 + 1.4 * rows.powf(0.85) + 0.15 * load.logits_rows as f64 + load.reads as f64 / 15_000.0)
+        let attention = load.reads as f64 / 7_000.0 + load.swept as f64 / 2_000.0;
+        slowness * (8.0 + 1.4 * rows.powf(0.85) + 0.15 * load.logits_rows as f64 + attention)
     }
 
     fn decodes(sequences: usize, context: usize) -> Load {
