@@ -12,7 +12,7 @@ use std::{
 };
 
 use lightcone::{
-    domain::{ModelId, Priority, RequestId, SamplingParams},
+    domain::{ModelId, Priority, RequestId, SamplingParams, Stops, Telling},
     engine::{
         self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec, Speculation,
         onnx::{OnnxRuntime, RuntimeOptions},
@@ -98,11 +98,13 @@ impl Bench {
         let prompt = format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n");
         Ok(EngineRequest {
             request: RequestId::from(id),
+            choice: 0,
             prompt: self.tokenizer.encode(&prompt, true)?,
             output_tokens_max,
-            sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 },
-            stop: vec![],
-            ignore_eos: true,
+            sampling: SamplingParams { temperature: 0.0, seed: 1, ..SamplingParams::default() },
+            stops: Stops { ignore_eos: true, ..Stops::default() },
+            telling: Telling::default(),
+            constraint: None,
             priority: Priority::Normal,
             lane: "bench".into(),
             cache_salt: vec![],

@@ -37,6 +37,7 @@ use crate::{
         Outlet, Queue, QueueLimits, ReplyHub,
         relay::{Pace, RelayError, RelayListener, Secret},
     },
+    records::{Records, Retention},
     store::{
         Store, StoreError,
         embedded::{EmbeddedError, EmbeddedServer, Fsync},
@@ -265,6 +266,7 @@ impl Node {
             price_version: book.version,
             wait_max: Duration::from_millis(config.queue.wait_ms_max),
             admission: Admission::new(store.clone(), ledger.hold_lease()),
+            records: Records::new(store.clone(), retention(&config.edge), ledger.hold_lease()),
             ledger,
             queue,
             hub,
@@ -288,6 +290,11 @@ async fn bury_left_over(config: &Config, queue: &Queue, ledger: &Ledger) -> Resu
         tracing::warn!(requests, holds, "ended what the last node left behind, free of charge");
     }
     Ok(())
+}
+
+fn retention(edge: &crate::config::Edge) -> Retention {
+    let hours = |hours: u64| Duration::from_secs(hours * 3600);
+    Retention { records: hours(edge.record_hours), once: hours(edge.idempotency_hours) }
 }
 
 /// Streams that were told of their end get this long to say so to their clients.

@@ -99,6 +99,9 @@ impl Cashier {
             Outcome::Withdrawn => {
                 self.release(&claim, ReleaseReason::Withdrawn).await;
                 self.acknowledge(&claim, 0).await;
+                // For a client that cancelled and waits to hear of it; others are gone.
+                let (reason, usage) = (FinishReason::Cancelled, Usage::default());
+                self.send(&claim, seq, EventBody::Finished { reason, usage });
             }
             Outcome::Failed { code, message } => {
                 // Nobody has to wait for a release to hear of a failure.

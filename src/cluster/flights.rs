@@ -35,6 +35,10 @@ struct Flight {
     /// When its lease was last known to be good.
     renewed: Instant,
     state: State,
+    /// Choices that have ended, what they used together, and how.
+    ended: u32,
+    usage: Usage,
+    reason: FinishReason,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -73,18 +77,18 @@ pub struct Landing {
 pub struct Advanced {
     pub events: Vec<Outgoing>,
     pub landings: Vec<Landing>,
+    /// Requests that ended while the engine still has choices of them.
+    pub unwanted: Vec<RequestId>,
 }
 
 impl Flights {
     /// Takes claims in and answers with their first events.
     pub fn take_in(&self, claims: &[Arc<Claim>], generation: u64) -> Vec<Outgoing> {
         let mut table = self.table.lock();
-        let (seq_next, cancelled, renewed, state) = (1, false, Instant::now(), State::Flying);
         let mut events = Vec::with_capacity(claims.len());
         for claim in claims {
             let request = claim.job.request.clone();
-            let flight = Flight { claim: Arc::clone(claim), generation, seq_next, cancelled, renewed, state };
-            table.insert(request.clone(), flight);
+            table.insert(request.clone(), Flight::new(Arc::clone(claim), generation));
             let event = TokenEvent { request, seq: 0, body: EventBody::Accepted };
             events.push(Outgoing { claim: Arc::clone(claim), event });
         }
@@ -96,29 +100,32 @@ impl Flights {
     pub fn advance(&self, events: Vec<EngineEvent>, generation: u64) -> Advanced {
         let mut advanced = Advanced::default();
         let mut table = self.table.lock();
-        for EngineEvent { request, body } in events {
+        for EngineEvent { request, choice, body } in events {
             let flying = |flight: &&mut Flight| flight.generation == generation && flight.state == State::Flying;
             let Some(flight) = table.get_mut(&request).filter(flying) else { continue };
-            let outcome = match body {
-                EngineEventBody::Delta { text, tokens } => {
-                    let event = TokenEvent { request, seq: flight.seq_next, body: EventBody::Delta { text, tokens } };
-                    flight.seq_next += 1;
-                    advanced.events.push(Outgoing { claim: Arc::clone(&flight.claim), event });
+            let body = match body {
+                EngineEventBody::Prompt { tokens } => EventBody::Prompt { tokens },
+                EngineEventBody::Delta { text, tokens, details } => EventBody::Delta { choice, text, tokens, details },
+                EngineEventBody::Finished { reason, stopped_by, usage } => {
+                    if let Some(outcome) = flight.choice_ended(choice, reason, &usage) {
+                        if outcome != Outcome::Withdrawn {
+                            advanced.events.push(flight.event(EventBody::ChoiceEnded { choice, reason, stopped_by }));
+                        }
+                        advanced.landings.push(flight.land(outcome));
+                        continue;
+                    }
+                    EventBody::ChoiceEnded { choice, reason, stopped_by }
+                }
+                EngineEventBody::Failed { message } => {
+                    tracing::warn!(%request, choice, message, "the engine cannot serve this request");
+                    advanced.landings.push(flight.land(Outcome::Failed { code: FailureCode::WorkerFailed, message }));
+                    if flight.claim.job.choices > 1 {
+                        advanced.unwanted.push(request);
+                    }
                     continue;
                 }
-                // Who leaves before the first token has got nothing and pays nothing.
-                EngineEventBody::Finished { reason: FinishReason::Cancelled, usage }
-                    if usage.completion_tokens == 0 =>
-                {
-                    Outcome::Withdrawn
-                }
-                EngineEventBody::Finished { reason, usage } => Outcome::Finished { reason, usage },
-                EngineEventBody::Failed { message } => {
-                    tracing::warn!(%request, message, "the engine cannot serve this request");
-                    Outcome::Failed { code: FailureCode::WorkerFailed, message }
-                }
             };
-            advanced.landings.push(flight.land(outcome));
+            advanced.events.push(flight.event(body));
         }
         drop(table);
         if !advanced.landings.is_empty() {
@@ -209,6 +216,49 @@ impl Flights {
 }
 
 impl Flight {
+    fn new(claim: Arc<Claim>, generation: u64) -> Self {
+        Self {
+            claim,
+            generation,
+            seq_next: 1,
+            cancelled: false,
+            renewed: Instant::now(),
+            state: State::Flying,
+            ended: 0,
+            usage: Usage::default(),
+            reason: FinishReason::Stop,
+        }
+    }
+
+    /// The next event of its stream.
+    fn event(&mut self, body: EventBody) -> Outgoing {
+        let event = TokenEvent { request: self.claim.job.request.clone(), seq: self.seq_next, body };
+        self.seq_next += 1;
+        Outgoing { claim: Arc::clone(&self.claim), event }
+    }
+
+    /// Counts a choice that has ended. How the request ends, when it was the last.
+    fn choice_ended(&mut self, choice: u32, reason: FinishReason, usage: &Usage) -> Option<Outcome> {
+        self.ended += 1;
+        self.usage.prompt_tokens = usage.prompt_tokens;
+        self.usage.completion_tokens += usage.completion_tokens;
+        if choice == 0 {
+            self.usage.cached_tokens = usage.cached_tokens;
+        }
+        self.reason = match (self.reason, reason) {
+            (FinishReason::Cancelled, _) | (_, FinishReason::Cancelled) => FinishReason::Cancelled,
+            (FinishReason::Length, _) | (_, FinishReason::Length) => FinishReason::Length,
+            (FinishReason::Stop, FinishReason::Stop) => FinishReason::Stop,
+        };
+        if self.ended < self.claim.job.choices {
+            return None;
+        }
+        // Who leaves before the first token has got nothing and pays nothing.
+        let nothing = self.reason == FinishReason::Cancelled && self.usage.completion_tokens == 0;
+        let (reason, usage) = (self.reason, self.usage);
+        Some(if nothing { Outcome::Withdrawn } else { Outcome::Finished { reason, usage } })
+    }
+
     fn land(&mut self, outcome: Outcome) -> Landing {
         self.state = State::Landing;
         Landing { claim: Arc::clone(&self.claim), seq: self.seq_next, outcome }
@@ -221,12 +271,14 @@ mod tests {
     use crate::cluster::testing::claim;
 
     fn delta(request: &str) -> EngineEvent {
-        EngineEvent { request: request.into(), body: EngineEventBody::Delta { text: "a".into(), tokens: 1 } }
+        let body = EngineEventBody::Delta { text: "a".into(), tokens: 1, details: Vec::new() };
+        EngineEvent { request: request.into(), choice: 0, body }
     }
 
     fn finished(request: &str) -> EngineEvent {
-        let body = EngineEventBody::Finished { reason: FinishReason::Stop, usage: Usage::default() };
-        EngineEvent { request: request.into(), body }
+        let (reason, usage) = (FinishReason::Stop, Usage::default());
+        let body = EngineEventBody::Finished { reason, stopped_by: None, usage };
+        EngineEvent { request: request.into(), choice: 0, body }
     }
 
     #[test]

@@ -30,6 +30,7 @@ pub use worker::Loader;
 
 use crate::{
     domain::{FailureCode, ModelId, NodeId},
+    grammar::Grammars,
     ledger::Ledger,
     queue::{Orders, Outlet, Queue},
     telemetry::Metrics,
@@ -60,6 +61,8 @@ pub struct PoolSpec {
     pub sequences_max: usize,
     pub stall_max: Duration,
     pub policy: RestartPolicy,
+    /// Of the model's vocabulary.
+    pub grammars: Arc<Grammars>,
     pub loader: Loader,
 }
 
@@ -91,9 +94,9 @@ impl Cluster {
         let mut stations = Vec::new();
         let mut arguments = Vec::new();
         for spec in pools {
-            let PoolSpec { model, sequences_max, stall_max, policy, loader } = spec;
-            let station = Station::new(node.clone(), model, sequences_max, cashier.clone(), outlet.clone());
-            let station = Arc::new(station);
+            let PoolSpec { model, sequences_max, stall_max, policy, grammars, loader } = spec;
+            let (cashier, outlet) = (cashier.clone(), outlet.clone());
+            let station = Arc::new(Station::new(node.clone(), model, sequences_max, grammars, cashier, outlet));
             stations.push(Arc::clone(&station));
             let metrics = Arc::clone(&metrics);
             arguments.push(PoolArguments { station, loader, policy, stall_max, metrics, generation: 0 });

@@ -17,6 +17,7 @@ use super::{
 use crate::{
     domain::{Claim, FailureCode, ModelId, NodeId, RequestId},
     engine::{EngineEvent, EngineHandle},
+    grammar::Grammars,
     queue::Outlet,
 };
 
@@ -42,6 +43,7 @@ pub struct Station {
     pub node: NodeId,
     pub model: ModelId,
     pub sequences_max: usize,
+    pub grammars: Arc<Grammars>,
     pub flights: Arc<Flights>,
     pub cashier: Cashier,
     pub outlet: Outlet,
@@ -57,10 +59,17 @@ struct Bench {
 }
 
 impl Station {
-    pub fn new(node: NodeId, model: ModelId, sequences_max: usize, cashier: Cashier, outlet: Outlet) -> Self {
+    pub fn new(
+        node: NodeId,
+        model: ModelId,
+        sequences_max: usize,
+        grammars: Arc<Grammars>,
+        cashier: Cashier,
+        outlet: Outlet,
+    ) -> Self {
         let status = watch::Sender::new(PoolStatus::Loading);
         let flights = Arc::default();
-        Self { node, model, sequences_max, flights, cashier, outlet, status, bench: Mutex::default() }
+        Self { node, model, sequences_max, grammars, flights, cashier, outlet, status, bench: Mutex::default() }
     }
 
     pub fn open(&self, generation: u64, engine: EngineHandle, worker: ActorRef<WorkerMessage>) {
@@ -98,6 +107,7 @@ impl Station {
         if !advanced.events.is_empty() {
             self.outlet.send(advanced.events);
         }
+        advanced.unwanted.iter().for_each(|request| self.cancel_in_engine(request));
         self.cashier.land(advanced.landings, &self.flights);
     }
 

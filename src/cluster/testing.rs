@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use crate::domain::{
-    Claim, Job, KeyId, ModelId, NanoUsd, NodeId, Price, Priority, ReplyTo, RequestId, SamplingParams, TenantId,
+    Claim, Job, KeyId, ModelId, NanoUsd, NodeId, Price, Priority, ReplyTo, RequestId, SamplingParams, Stops, Telling,
+    TenantId,
 };
 
 pub fn claim(request: &str, edge: &str) -> Arc<Claim> {
@@ -19,9 +20,11 @@ pub fn job(request: &str, edge: &str) -> Job {
         model: ModelId::from("model"),
         prompt: vec![1, 2, 3],
         output_tokens_max: 8,
-        sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 },
-        stop: Vec::new(),
-        ignore_eos: true,
+        choices: 1,
+        sampling: SamplingParams { temperature: 0.0, seed: 1, ..SamplingParams::default() },
+        stops: Stops { ignore_eos: true, ..Stops::default() },
+        telling: Telling::default(),
+        grammar: None,
         cache_salt: String::new(),
         priority: Priority::default(),
         price,

@@ -9,6 +9,7 @@ use super::{pool::PoolMessage, root::RootMessage, testing::job, worker::WorkerMe
 use crate::{
     domain::{EventBody, Job, RequestId},
     engine::{self, Backend, EngineError, EngineSpec},
+    grammar::Grammars,
     model::ModelFile,
     prompt::Tokenizer,
     queue::{QueueLimits, ReplyHub, ReplyStream},
@@ -68,6 +69,7 @@ impl Tree {
             model: model.clone(),
             sequences_max: 4,
             stall_max: Duration::from_secs(60),
+            grammars: Arc::new(Grammars::new(Arc::clone(&file.vocabulary))),
             policy: RestartPolicy { delay_min: Duration::from_millis(5), ..RestartPolicy::default() },
             loader: Arc::new(move |sink| {
                 if refuse(counter.fetch_add(1, Ordering::SeqCst)) {

@@ -14,8 +14,9 @@ use super::{
     station::{Station, WORKER_LOST},
 };
 use crate::{
-    domain::{Claim, FailureCode},
+    domain::{Claim, FailureCode, Telling},
     engine::{EngineError, EngineHandle, EngineMessage, EngineRequest},
+    grammar::Constraint,
 };
 
 /// Loads an engine that speaks to this sink. Blocks.
@@ -85,8 +86,13 @@ impl Actor for Worker {
             }
             WorkerMessage::Submit(claims) => {
                 let engine = state.engine.as_ref().ok_or("work came before the engine")?;
+                let station = &state.arguments.station;
                 for claim in claims {
-                    submit(&state.arguments.station, engine, &claim);
+                    if claim.job.grammar.is_some() {
+                        tokio::spawn(compile_and_submit(Arc::clone(station), engine.clone(), claim));
+                    } else {
+                        submit(station, engine, &claim, None);
+                    }
                 }
             }
             WorkerMessage::EngineDied(why) => return Err(why.into()),
@@ -97,35 +103,63 @@ impl Actor for Worker {
     }
 }
 
-fn submit(station: &Station, engine: &EngineHandle, claim: &Claim) {
+/// The same for a request whose answer must match a grammar: compiling takes milliseconds, which neither an actor
+/// nor an engine should spend.
+async fn compile_and_submit(station: Arc<Station>, engine: EngineHandle, claim: Arc<Claim>) {
+    let Some(source) = claim.job.grammar.clone() else { return };
+    let grammars = Arc::clone(&station.grammars);
+    let compiled = tokio::task::spawn_blocking(move || grammars.compile(&source)).await;
+    match compiled {
+        Ok(Ok(constraint)) => submit(&station, &engine, &claim, Some(constraint)),
+        Ok(Err(error)) => fail(&station, &claim, &format!("its grammar was not compiled: {error}")),
+        Err(error) => fail(&station, &claim, &format!("compiling its grammar failed: {error}")),
+    }
+}
+
+fn fail(station: &Station, claim: &Claim, why: &str) {
+    tracing::error!(request = %claim.job.request, why, "the engine did not take a request");
+    let failed = Outcome::Failed { code: FailureCode::WorkerFailed, message: WORKER_LOST.to_owned() };
+    station.end(&claim.job.request, failed);
+}
+
+fn submit(station: &Station, engine: &EngineHandle, claim: &Claim, constraint: Option<Constraint>) {
     let job = &claim.job;
     match station.flights.is_cancelled(&job.request) {
         None => return,
         Some(true) => return station.end(&job.request, Outcome::Withdrawn),
         Some(false) => {}
     }
-    let request = EngineRequest {
-        request: job.request.clone(),
-        prompt: job.prompt.clone(),
-        output_tokens_max: job.output_tokens_max,
-        sampling: job.sampling.clone(),
-        stop: job.stop.clone(),
-        ignore_eos: job.ignore_eos,
-        priority: job.priority,
-        // To the engine tenants are lanes: it need not know what a tenant is to keep them apart.
-        lane: job.tenant.as_str().into(),
-        cache_salt: job.cache_salt.clone().into_bytes(),
-    };
-    if let Err(error) = engine.submit(request) {
-        tracing::error!(request = %job.request, %error, "the engine did not take a request");
-        let failed = Outcome::Failed { code: FailureCode::WorkerFailed, message: WORKER_LOST.to_owned() };
-        return station.end(&job.request, failed);
+    for choice in 0..job.choices {
+        let mut sampling = job.sampling.clone();
+        sampling.seed = sampling.seed.wrapping_add(u64::from(choice).wrapping_mul(CHOICES_APART));
+        let request = EngineRequest {
+            request: job.request.clone(),
+            choice,
+            prompt: job.prompt.clone(),
+            output_tokens_max: job.output_tokens_max,
+            sampling,
+            stops: job.stops.clone(),
+            // Of the prompt, one choice tells.
+            telling: Telling { prompt_logprobs: job.telling.prompt_logprobs.filter(|_| choice == 0), ..job.telling },
+            constraint: constraint.clone(),
+            priority: job.priority,
+            // To the engine tenants are lanes: it need not know what a tenant is to keep them apart.
+            lane: job.tenant.as_str().into(),
+            cache_salt: job.cache_salt.clone().into_bytes(),
+        };
+        if let Err(error) = engine.submit(request) {
+            fail(station, claim, &error.to_string());
+            return engine.cancel(&job.request);
+        }
     }
     // Its client may have gone between the look and the submission, when the engine did not know it yet.
     if station.flights.is_cancelled(&job.request) != Some(false) {
         engine.cancel(&job.request);
     }
 }
+
+/// Between the seeds of a request's choices, the first of which has the request's own. Any odd number would do.
+const CHOICES_APART: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// Carries the engine's steps to the station. Never waits for anything but the engine.
 async fn pump(

@@ -16,6 +16,8 @@ pub enum Rule {
     OneOf(&'static [&'static str]),
     /// An unordered choice of these, at least one.
     SomeOf(&'static [&'static str]),
+    /// `*`, or web sites such as https://example.com; may be empty.
+    Origins,
     Integer(i64, i64),
     Flag,
     /// ip:port
@@ -33,8 +35,8 @@ pub enum Rule {
 }
 
 use Rule::{
-    Address, CpuSet, Endpoint, Flag, Integer, LogFilter, OneOf, RedisUrl, Secret, SomeOf, Text, Usd, UsdPerMillion,
-    Word,
+    Address, CpuSet, Endpoint, Flag, Integer, LogFilter, OneOf, Origins, RedisUrl, Secret, SomeOf, Text, Usd,
+    UsdPerMillion, Word,
 };
 
 const HOUR_MS: i64 = 3_600_000;
@@ -65,6 +67,10 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("prompt_threads", Integer(1, 256)),
             ("prompt_queue_max", Integer(1, MANY)),
             ("messages_max", Integer(1, MANY)),
+            ("choices_max", Integer(1, 128)),
+            ("cors_origins", Origins),
+            ("record_hours", Integer(1, 24 * 3650)),
+            ("idempotency_hours", Integer(1, 24 * 365)),
             ("stream_buffer_events", Integer(16, MANY)),
             ("keep_alive_ms", Integer(100, HOUR_MS)),
             ("request_ms_max", Integer(1000, 24 * HOUR_MS)),
@@ -156,6 +162,10 @@ impl Rule {
                 }
                 list.iter().try_for_each(|item| OneOf(words).check(item))
             }
+            Origins => {
+                let list = value.as_array().ok_or_else(|| wrong_type("a list", value))?;
+                list.iter().try_for_each(origin)
+            }
             _ => self.check_text(value.as_str().ok_or_else(|| wrong_type("text in quotes", value))?),
         }
     }
@@ -194,7 +204,7 @@ impl Rule {
                 Err(error) => Err(error.to_string()),
             },
             UsdPerMillion => nano_per_token(text).map(drop).map_err(|error| error.to_string()),
-            SomeOf(_) | Integer(..) | Flag => unreachable!("not text"),
+            SomeOf(_) | Origins | Integer(..) | Flag => unreachable!("not text"),
         }
     }
 
@@ -203,10 +213,19 @@ impl Rule {
         match self {
             Integer(..) => text.parse::<i64>().map_or_else(|_| text.into(), Value::from),
             Flag => text.parse::<bool>().map_or_else(|_| text.into(), Value::from),
-            SomeOf(_) => Value::Array(text.split(',').map(|word| Value::from(word.trim())).collect()),
+            SomeOf(_) | Origins => Value::Array(text.split(',').map(|word| Value::from(word.trim())).collect()),
             _ => text.into(),
         }
     }
+}
+
+fn origin(value: &Value) -> Result<(), String> {
+    let text = value.as_str().ok_or_else(|| wrong_type("text in quotes", value))?;
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    if text == "*" || host.is_some_and(|host| !host.is_empty() && !host.contains('/')) {
+        return Ok(());
+    }
+    Err(format!("`{text}` is not `*` or a site such as https://example.com"))
 }
 
 fn redis_url(text: &str) -> Result<(), String> {

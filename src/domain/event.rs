@@ -16,13 +16,46 @@ pub struct TokenEvent {
 pub enum EventBody {
     /// A worker has claimed the request. Always `seq` 0.
     Accepted,
-    /// Decoded text. `tokens` counts the tokens behind it; a token that ends in the middle of a UTF-8
+    /// The next of the prompt's tokens, from its second one on, where the request wants to know of them.
+    Prompt { tokens: Vec<TokenDetail> },
+    /// Decoded text of one choice. `tokens` counts the tokens behind it; a token that ends in the middle of a UTF-8
     /// character, or that may be the start of a stop string, is counted with the text that completes it.
-    Delta { text: String, tokens: u32 },
+    Delta { choice: u32, text: String, tokens: u32, details: Vec<TokenDetail> },
+    /// One choice is complete.
+    ChoiceEnded { choice: u32, reason: FinishReason, stopped_by: Option<StoppedBy> },
     /// The last event of a request that ended well. It has been settled.
     Finished { reason: FinishReason, usage: Usage },
     /// The last event of a request that failed. Nothing was charged, but for [`FailureCode::SlowConsumer`].
     Failed { code: FailureCode, message: String },
+}
+
+impl EventBody {
+    /// Text of the first choice, of so many tokens.
+    pub fn text(text: impl Into<String>, tokens: u32) -> Self {
+        Self::Delta { choice: 0, text: text.into(), tokens, details: Vec::new() }
+    }
+}
+
+/// A token, by its id.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenDetail {
+    pub token: u32,
+    /// Natural logarithm of the probability that the model gave it, before anything was done to its logits. 0 where
+    /// nobody asked.
+    pub logprob: f32,
+    /// Its place among all tokens; 1 is the likeliest.
+    pub rank: u32,
+    /// The likeliest tokens and their logprobs, in that order.
+    pub top: Vec<(u32, f32)>,
+    /// It ended the answer, or came behind its end, and the text has nothing of it.
+    pub is_hidden: bool,
+}
+
+/// What stopped a choice that did not stop by the model's own end of an answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StoppedBy {
+    Text(String),
+    Token(u32),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]

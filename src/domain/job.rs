@@ -15,7 +15,74 @@ pub struct SamplingParams {
     pub min_p: f32,
     /// Random numbers are a function of (seed, position), so the same seed repeats the same text.
     pub seed: u64,
+    /// Taken from a token's logit for each time that the answer has it.
+    pub frequency_penalty: f32,
+    /// Taken from a token's logit once the answer has it.
+    pub presence_penalty: f32,
+    /// Positive logits of tokens that prompt or answer have are divided by it, negative ones multiplied; 1 is off.
+    pub repetition_penalty: f32,
+    /// Added to the logits of these tokens.
+    pub logit_bias: Vec<(u32, f32)>,
+    /// Only these tokens may come; `None` is all.
+    pub allowed_tokens: Option<Vec<u32>>,
+    /// Sequences of tokens, of which the last is never chosen after the others.
+    pub bad_words: Vec<Vec<u32>>,
+    /// Nothing that ends the answer is chosen before so many tokens.
+    pub min_tokens: u32,
 }
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            seed: 0,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            repetition_penalty: 1.0,
+            logit_bias: Vec::new(),
+            allowed_tokens: None,
+            bad_words: Vec::new(),
+            min_tokens: 0,
+        }
+    }
+}
+
+/// What ends an answer, beside its length.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stops {
+    pub strings: Vec<String>,
+    pub tokens: Vec<u32>,
+    /// Whether the answer's text has what stopped it.
+    pub are_shown: bool,
+    /// The model's own end of an answer is a token like any other.
+    pub ignore_eos: bool,
+}
+
+/// What is told of an answer's tokens beside their text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Telling {
+    /// Each token's logprob, and those of so many of the likeliest.
+    pub logprobs: Option<u32>,
+    /// The same of the prompt's tokens.
+    pub prompt_logprobs: Option<u32>,
+    pub token_ids: bool,
+    /// The text has the spelling of control tokens.
+    pub control_text: bool,
+}
+
+impl Telling {
+    /// Whether the answer's tokens are told of one by one.
+    pub fn tells_tokens(&self) -> bool {
+        self.logprobs.is_some() || self.token_ids
+    }
+}
+
+/// What an answer's text must match, as `llguidance` reads it: a JSON of grammars of which the first is the start.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct GrammarSource(pub String);
 
 /// Who goes first where requests wait for a place in a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -53,16 +120,20 @@ pub struct Job {
     pub model: ModelId,
     /// Rendered and tokenised at the edge.
     pub prompt: Vec<u32>,
+    /// Of each choice.
     pub output_tokens_max: u32,
+    /// Answers to the one prompt; at least 1.
+    pub choices: u32,
     pub sampling: SamplingParams,
-    pub stop: Vec<String>,
-    pub ignore_eos: bool,
+    pub stops: Stops,
+    pub telling: Telling,
+    pub grammar: Option<GrammarSource>,
     /// Of the tenant's requests, only those of one salt share what has been computed of their prompts.
     pub cache_salt: String,
     pub priority: Priority,
     pub price: Price,
     pub price_version: String,
-    /// Money set aside at admission: the prompt plus `output_tokens_max` at `price`.
+    /// Money set aside at admission: the prompt plus `output_tokens_max` for each choice at `price`.
     pub hold: NanoUsd,
     pub reply_to: ReplyTo,
     pub enqueued_unix_ms: u64,

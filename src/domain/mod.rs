@@ -9,9 +9,9 @@ mod money;
 mod price;
 mod usage;
 
-pub use event::{EventBody, FailureCode, FinishReason, TokenEvent};
+pub use event::{EventBody, FailureCode, FinishReason, StoppedBy, TokenDetail, TokenEvent};
 pub use ids::{KeyId, ModelId, NodeId, RequestId, TenantId};
-pub use job::{Claim, Job, Priority, ReplyTo, SamplingParams};
+pub use job::{Claim, GrammarSource, Job, Priority, ReplyTo, SamplingParams, Stops, Telling};
 pub use money::{MoneyError, NanoUsd};
 pub use price::{Price, PriceBook};
 pub use usage::Usage;

@@ -188,6 +188,31 @@ impl ApiError {
         error
     }
 
+    pub fn too_many_recordings() -> Self {
+        let why = "Too many requests with an idempotency key are under way. Try again shortly.";
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", why)
+            .retry_after(RETRY_PROMPT_MS);
+        error.0.reason = "recordings_full";
+        error
+    }
+
+    /// The same idempotency key with another question.
+    pub fn key_reused() -> Self {
+        let why = "This Idempotency-Key was used for another request. Use a new key for every request.";
+        let status = StatusCode::UNPROCESSABLE_ENTITY;
+        let mut error = Self::new(status, INVALID_REQUEST, "idempotency_key_reused", why);
+        error.0.param = Some("Idempotency-Key".into());
+        error
+    }
+
+    /// No such thing of the tenant's.
+    pub fn not_found(what: &str, id: &str) -> Self {
+        let why = format!("No {what} found with id '{}'.", shorten(id));
+        let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "not_found", why);
+        error.0.param = Some("id".into());
+        error
+    }
+
     fn unavailable(reason: &'static str, message: &str, retry_after_ms: u64) -> Self {
         let status = StatusCode::SERVICE_UNAVAILABLE;
         let mut error =
@@ -274,9 +299,19 @@ impl ApiError {
         self.0.param.as_deref()
     }
 
-    #[cfg(test)]
     pub(super) fn message(&self) -> &str {
         &self.0.message
+    }
+
+    /// The same in the form of RFC 9457.
+    pub fn problem(&self, request_id: &str) -> Vec<u8> {
+        let title = self.0.status.canonical_reason().unwrap_or("Error");
+        serde_json::json!({
+            "type": "about:blank", "title": title, "status": self.0.status.as_u16(), "detail": self.0.message,
+            "instance": request_id, "code": self.0.code, "param": self.0.param,
+        })
+        .to_string()
+        .into_bytes()
     }
 
     /// `{"error": {…}}`, also what a stream that has begun ends with.
@@ -303,6 +338,7 @@ impl ResponseError for ApiError {
     fn error_response(&self) -> HttpResponse<BoxBody> {
         let mut answer = HttpResponseBuilder::new(self.0.status);
         answer.content_type("application/json");
+        answer.extensions_mut().insert(self.clone());
         if let Some(ms) = self.0.retry_after_ms {
             answer.insert_header((header::RETRY_AFTER, ms.div_ceil(1000).max(1).to_string()));
             answer.insert_header(("retry-after-ms", ms.to_string()));
@@ -336,6 +372,7 @@ impl From<PromptError> for ApiError {
                 let why = format!("This model's chat template refused the messages: {}", shorten(&why));
                 Self::field("invalid_value", "messages", why)
             }
+            PromptError::Grammar { why, .. } => Self::field("invalid_schema", "response_format", shorten_to(&why, 400)),
             PromptError::Full => Self::prompt_pool_full(),
             error @ (PromptError::NoTemplate
             | PromptError::Template(_)
@@ -353,10 +390,13 @@ impl From<PromptError> for ApiError {
 
 /// A client's own words in an error: short, on one line.
 pub(super) fn shorten(text: &str) -> String {
-    const CHARACTERS: usize = 80;
+    shorten_to(text, 80)
+}
+
+pub(super) fn shorten_to(text: &str, characters: usize) -> String {
     let clean = |c: char| if c.is_control() { '\u{FFFD}' } else { c };
-    let mut short: String = text.chars().take(CHARACTERS).map(clean).collect();
-    if text.chars().nth(CHARACTERS).is_some() {
+    let mut short: String = text.chars().take(characters).map(clean).collect();
+    if text.chars().nth(characters).is_some() {
         short.push('…');
     }
     short

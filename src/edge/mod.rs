@@ -1,24 +1,28 @@
 //! HTTP: where a request becomes a job, and tokens become an answer.
 //!
-//! The life of a request here: authenticate, read and [parse](request), render and tokenise on the prompt
+//! The life of a request here: authenticate, read and [parse](wire), render and tokenise on the prompt
 //! pool, put the money on hold, publish, stream what comes back. Promises that a refusal costs nothing, that
 //! every answer names its request, that a stream ends with `[DONE]` or with an error event, and that a
 //! client's going away gives the request up at once. Never touches an engine, never settles: what was used
 //! is known where it was computed.
 
+mod answer;
 mod auth;
 mod body;
-mod chat;
+mod cancel;
+mod dialect;
+mod endpoint;
 mod error;
-mod fields;
-mod json;
+mod generation;
 mod models;
-mod openai;
-mod request;
+mod recording;
 mod server;
-mod sse;
 mod state;
 mod status;
+mod stored;
+mod telling;
+mod tokens;
+mod wire;
 
 pub use error::ApiError;
 pub use server::{EdgeError, EdgeHandle, spawn};

@@ -7,12 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use actix_cors::Cors;
 use actix_web::{
     App, Error, HttpMessage, HttpRequest, HttpResponse, HttpServer, ResponseError,
-    body::MessageBody,
+    body::{BoxBody, MessageBody},
     dev::{ServerHandle, ServiceRequest, ServiceResponse},
-    http::header::{HeaderName, HeaderValue},
-    middleware::{Next, from_fn},
+    http::header::{ACCEPT, CONTENT_TYPE, HeaderName, HeaderValue},
+    middleware::{Compress, Next, from_fn},
     rt::System,
     web,
 };
@@ -20,11 +21,13 @@ use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
 use super::{
-    chat,
+    cancel,
+    dialect::{chat::Chat, completions::Completions, responses::Responses},
+    endpoint,
     error::ApiError,
     models,
     state::{EdgeSpec, EdgeState},
-    status,
+    status, stored, tokens,
 };
 use crate::domain::{FailureCode, RequestId};
 
@@ -35,6 +38,8 @@ const IDLE_TIME_MAX: Duration = Duration::from_secs(75);
 /// After the streams have ended, how long connections may take to go.
 const CLOSE_SECONDS_MAX: u64 = 1;
 const BACKLOG: u32 = 1024;
+/// How long a browser may remember what it was allowed.
+const CORS_SECONDS: usize = 3600;
 
 #[derive(Debug, thiserror::Error)]
 pub enum EdgeError {
@@ -76,6 +81,7 @@ pub fn spawn(spec: EdgeSpec, listener: TcpListener) -> Result<EdgeHandle, EdgeEr
                 let renewal = state.runtime.spawn(async move {
                     tokio::select! {
                         () = renewing.renew_holds() => {}
+                        () = cancel::obey(Arc::clone(&renewing)) => {}
                         _ = stopped => {}
                     }
                 });
@@ -132,6 +138,8 @@ fn bind(state: Arc<EdgeState>, listener: TcpListener) -> std::io::Result<actix_w
         App::new()
             .app_data(data.clone())
             .wrap(from_fn(observe))
+            .wrap(Compress::default())
+            .wrap(cors(&data.settings.cors_origins))
             .configure(routes)
             .default_service(web::to(unknown_path))
     })
@@ -151,9 +159,28 @@ fn bind(state: Arc<EdgeState>, listener: TcpListener) -> std::io::Result<actix_w
 }
 
 fn routes(app: &mut web::ServiceConfig) {
-    for path in ["/v1/chat/completions", "/chat/completions"] {
-        let resource = web::resource(path).route(web::post().to(chat::create));
-        app.service(resource.default_service(web::to(only_post)));
+    for prefix in ["/v1", ""] {
+        // With and without the version: the base URL of a client may or may not end in it.
+        let at = |path: &str| web::resource(format!("{prefix}{path}"));
+        let asked = at("/chat/completions").route(web::post().to(endpoint::create::<Chat>));
+        app.service(asked.route(web::get().to(stored::list_chat)).default_service(web::to(only_get_and_post)));
+        let kept = at("/chat/completions/{id}").route(web::get().to(stored::get_chat));
+        app.service(kept.route(web::delete().to(stored::delete_chat)).default_service(web::to(only_get_and_delete)));
+        for path in ["/chat/completions", "/completions", "/responses"] {
+            let cancelled = at(&format!("{path}/{{id}}/cancel")).route(web::post().to(cancel::cancel));
+            app.service(cancelled.default_service(web::to(only_post)));
+        }
+        let asked = at("/tokenize").route(web::post().to(tokens::tokenize));
+        app.service(asked.default_service(web::to(only_post)));
+        let asked = at("/detokenize").route(web::post().to(tokens::detokenize));
+        app.service(asked.default_service(web::to(only_post)));
+        let asked = at("/completions").route(web::post().to(endpoint::create::<Completions>));
+        app.service(asked.default_service(web::to(only_post)));
+        let asked = at("/responses").route(web::post().to(endpoint::create::<Responses>));
+        app.service(asked.default_service(web::to(only_post)));
+        let kept = at("/responses/{id}").route(web::get().to(stored::get_response));
+        let kept = kept.route(web::delete().to(stored::delete_response));
+        app.service(kept.default_service(web::to(only_get_and_delete)));
     }
     for prefix in ["/v1/models", "/models"] {
         let resource = web::resource(prefix).route(web::get().to(models::list));
@@ -170,6 +197,27 @@ fn routes(app: &mut web::ServiceConfig) {
         let resource = web::resource(path).route(get).route(head);
         app.service(resource.default_service(web::to(only_get)));
     }
+}
+
+/// For browsers. Who calls is told by a key and never by a cookie, so other sites gain nothing by being let in.
+fn cors(origins: &[String]) -> Cors {
+    let cors = Cors::default()
+        .allowed_methods(["GET", "POST", "DELETE", "HEAD"])
+        .allow_any_header()
+        .expose_any_header()
+        .max_age(CORS_SECONDS);
+    if origins.iter().any(|origin| origin == "*") {
+        return cors.allow_any_origin().send_wildcard();
+    }
+    origins.iter().fold(cors, |cors, origin| cors.allowed_origin(origin))
+}
+
+async fn only_get_and_post(http: HttpRequest) -> HttpResponse {
+    ApiError::method_not_allowed(http.method().as_str(), http.path(), "GET, POST").error_response()
+}
+
+async fn only_get_and_delete(http: HttpRequest) -> HttpResponse {
+    ApiError::method_not_allowed(http.method().as_str(), http.path(), "GET, DELETE").error_response()
 }
 
 async fn only_post(http: HttpRequest) -> HttpResponse {
@@ -205,16 +253,34 @@ impl Arrival {
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const PROCESSING_MS: HeaderName = HeaderName::from_static("openai-processing-ms");
 
+const PROBLEM_JSON: &str = "application/problem+json";
+
+/// Whether a client would rather have errors in the form of RFC 9457 (once 7807).
+fn wants_problem(request: &ServiceRequest) -> bool {
+    let accepted = request.headers().get_all(ACCEPT).filter_map(|value| value.to_str().ok());
+    accepted.flat_map(|value| value.split(',')).any(|kind| {
+        kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case(PROBLEM_JSON))
+    })
+}
+
 /// What every answer carries, whatever it is.
-async fn observe<B: MessageBody>(
+async fn observe<B: MessageBody + 'static>(
     request: ServiceRequest,
     next: Next<B>,
-) -> Result<ServiceResponse<impl MessageBody + use<B>>, Error> {
+) -> Result<ServiceResponse<BoxBody>, Error> {
     let arrival = Arrival::now();
     request.extensions_mut().insert(arrival);
     let state = request.app_data::<web::Data<EdgeState>>().cloned();
-    let mut response = next.call(request).await?;
+    let wants_problem = wants_problem(&request);
+    let mut response = next.call(request).await?.map_into_boxed_body();
     let id = format!("req_{}", arrival.id.simple());
+    let problem = response.response().extensions().get::<ApiError>().filter(|_| wants_problem).cloned();
+    if let Some(error) = problem {
+        response = response.map_body(|head, _| {
+            head.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
+            BoxBody::new(error.problem(&id))
+        });
+    }
     let headers = response.response_mut().headers_mut();
     if let Ok(value) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, value);

@@ -1,7 +1,7 @@
 //! What the handlers of one edge share, and the requests that it has open.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -14,13 +14,16 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
+use super::recording::Recordings;
 use crate::{
     admission::Admission,
     config,
     domain::{ModelId, Price, RequestId, TenantId},
     ledger::{Ledger, ReleaseReason},
+    model::Vocabulary,
     prompt::{PromptModel, PromptPool},
     queue::{Queue, ReplyHub},
+    records::Records,
     telemetry::Metrics,
 };
 
@@ -51,6 +54,34 @@ impl ServedModel {
     }
 }
 
+/// One of the open requests.
+struct Open {
+    tenant: TenantId,
+    model: ModelId,
+    /// The client's own name for it.
+    own_id: Option<String>,
+    /// By its client, who waits for the end.
+    is_cancelled: bool,
+}
+
+/// What the edge knows of a model's file.
+pub(super) struct Known {
+    pub vocabulary: Arc<Vocabulary>,
+    /// Whether a message's name reaches the model.
+    pub has_names: bool,
+    pub has_documents: bool,
+}
+
+impl Known {
+    fn of(prompt: &PromptModel) -> Self {
+        Self {
+            vocabulary: Arc::clone(prompt.grammars.vocabulary()),
+            has_names: prompt.template.knows_names(),
+            has_documents: prompt.template.knows_documents(),
+        }
+    }
+}
+
 /// Everything that an edge is made of.
 pub struct EdgeSpec {
     pub settings: config::Edge,
@@ -63,6 +94,7 @@ pub struct EdgeSpec {
     pub admission: Admission,
     pub ledger: Ledger,
     pub queue: Queue,
+    pub records: Records,
     pub hub: ReplyHub,
     pub metrics: Arc<Metrics>,
     pub readiness: Readiness,
@@ -74,13 +106,14 @@ pub(super) struct EdgeState {
     pub settings: config::Edge,
     pub models: BTreeMap<ModelId, ServedModel>,
     pub pool: PromptPool,
-    /// Models whose template has no place for a message's name.
-    nameless: BTreeSet<ModelId>,
+    known: BTreeMap<ModelId, Known>,
     pub price_version: String,
     pub wait_max: Duration,
     pub admission: Admission,
     pub ledger: Ledger,
     pub queue: Queue,
+    pub records: Records,
+    pub recordings: Recordings,
     pub hub: ReplyHub,
     pub metrics: Arc<Metrics>,
     pub readiness: Readiness,
@@ -88,7 +121,7 @@ pub(super) struct EdgeState {
     /// Work that outlives its request: admissions under way, and giving up what nobody reads.
     pub tasks: TaskTracker,
     draining: AtomicBool,
-    open: Mutex<HashMap<RequestId, TenantId>>,
+    open: Mutex<HashMap<RequestId, Open>>,
     closed_one: Notify,
 }
 
@@ -96,19 +129,20 @@ impl EdgeState {
     /// Must be called inside an actix system, where the prompt pool starts.
     pub(super) fn start(spec: EdgeSpec) -> Self {
         let EdgeSpec { settings, models, prompts, price_version, wait_max, .. } = spec;
-        let nameless = prompts.iter().filter(|(_, prompt)| !prompt.template.knows_names());
-        let nameless = nameless.map(|(model, _)| model.clone()).collect();
+        let known = prompts.iter().map(|(model, prompt)| (model.clone(), Known::of(prompt))).collect();
         let pool = PromptPool::start(Arc::new(prompts), settings.prompt_threads, settings.prompt_queue_max);
         Self {
             settings,
             models,
             pool,
-            nameless,
+            known,
             price_version,
             wait_max,
             admission: spec.admission,
             ledger: spec.ledger,
             queue: spec.queue,
+            records: spec.records,
+            recordings: Recordings::default(),
             hub: spec.hub,
             metrics: spec.metrics,
             readiness: spec.readiness,
@@ -124,14 +158,20 @@ impl EdgeState {
         self.draining.load(Ordering::Relaxed)
     }
 
-    /// Whether a message's name reaches the model.
-    pub(super) fn knows_names(&self, model: &ModelId) -> bool {
-        !self.nameless.contains(model)
+    /// # Panics
+    /// If the model is none of those that are served.
+    pub(super) fn known(&self, model: &ModelId) -> &Known {
+        &self.known[model]
     }
 
     /// From now on, new requests are refused.
     pub(super) fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// A stream is never silent for longer, and no client would miss the headers sooner.
+    pub(super) fn keep_alive(&self) -> Duration {
+        Duration::from_millis(self.settings.keep_alive_ms.max(1))
     }
 
     /// How long a request may go without a word of any worker: it waits in the queue, then its claim must
@@ -156,6 +196,28 @@ impl EdgeState {
         self.open.lock().len()
     }
 
+    /// A tenant's open request by what it is called: its own number, or the name that its client gave it.
+    pub(super) fn find_open(&self, tenant: &TenantId, name: &str) -> Option<(RequestId, ModelId)> {
+        let open = self.open.lock();
+        let is_meant = |(request, open): &(&RequestId, &Open)| {
+            open.tenant == *tenant
+                && (open.own_id.as_deref() == Some(name)
+                    || open.own_id.is_none() && request.as_str().strip_prefix("chatcmpl-") == Some(name))
+        };
+        open.iter().find(is_meant).map(|(request, open)| (request.clone(), open.model.clone()))
+    }
+
+    pub(super) fn open_of(&self, request: &RequestId) -> Option<(TenantId, ModelId)> {
+        self.open.lock().get(request).map(|open| (open.tenant.clone(), open.model.clone()))
+    }
+
+    /// Its end will be what the client wanted.
+    pub(super) fn mark_cancelled(&self, request: &RequestId) {
+        if let Some(open) = self.open.lock().get_mut(request) {
+            open.is_cancelled = true;
+        }
+    }
+
     /// Waits until no request is open. Cancel-safe.
     pub(super) async fn all_closed(&self) {
         loop {
@@ -173,7 +235,7 @@ impl EdgeState {
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            let holds: Vec<_> = self.open.lock().iter().map(|(r, t)| (t.clone(), r.clone())).collect();
+            let holds: Vec<_> = self.open.lock().iter().map(|(r, open)| (open.tenant.clone(), r.clone())).collect();
             if holds.is_empty() {
                 continue;
             }
@@ -226,14 +288,21 @@ impl OpenRequest {
         request: RequestId,
         tenant: TenantId,
         model: ModelId,
+        own_id: Option<String>,
         arrived: Instant,
     ) -> Self {
-        state.open.lock().insert(request.clone(), tenant.clone());
+        let open = Open { tenant: tenant.clone(), model: model.clone(), own_id, is_cancelled: false };
+        state.open.lock().insert(request.clone(), open);
         Self { state, request, tenant, model, arrived, ended: false, counted: false }
     }
 
     pub(super) fn state(&self) -> &Arc<EdgeState> {
         &self.state
+    }
+
+    /// Whether its client has cancelled it and waits for the end.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.state.open.lock().get(&self.request).is_some_and(|open| open.is_cancelled)
     }
 
     /// The worker's side has said its last word: nothing is left to give up.

@@ -12,6 +12,9 @@ mod blocks;
 mod draft;
 mod handle;
 mod line;
+mod logits;
+mod logprobs;
+mod masks;
 mod memory;
 pub mod onnx;
 mod pace;
@@ -35,21 +38,24 @@ pub use memory::MemoryNeed;
 pub use onnx::OnnxRuntime;
 
 use crate::{
-    domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, Usage},
+    domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, StoppedBy, Stops, Telling, TokenDetail, Usage},
+    grammar::Constraint,
     model::{ModelError, ModelFile},
     telemetry::Metrics,
 };
 
-/// One request, as the engine sees it. `prompt` is not empty, and `prompt.len() + output_tokens_max` is at
-/// most the context.
+/// One choice of a request, as the engine sees it. `prompt` is not empty, and `prompt.len() + output_tokens_max` is
+/// at most the context.
 #[derive(Clone, Debug)]
 pub struct EngineRequest {
     pub request: RequestId,
+    pub choice: u32,
     pub prompt: Vec<u32>,
     pub output_tokens_max: u32,
     pub sampling: SamplingParams,
-    pub stop: Vec<String>,
-    pub ignore_eos: bool,
+    pub stops: Stops,
+    pub telling: Telling,
+    pub constraint: Option<Constraint>,
     pub priority: Priority,
     /// Whose request it is, in whatever sense its owner gives to that: waiting lanes of one class take turns,
     /// and no lane sees, or profits from, what another has computed.
@@ -69,18 +75,25 @@ pub enum EngineMessage {
 #[derive(Debug, PartialEq)]
 pub struct EngineEvent {
     pub request: RequestId,
+    pub choice: u32,
     pub body: EngineEventBody,
 }
 
 #[derive(Debug, PartialEq)]
 pub enum EngineEventBody {
+    /// The next of the prompt's tokens, from its second one on.
+    Prompt {
+        tokens: Vec<TokenDetail>,
+    },
     /// `tokens` counts the decoded tokens since the last event, also those whose text is still held back.
     Delta {
         text: String,
         tokens: u32,
+        details: Vec<TokenDetail>,
     },
     Finished {
         reason: FinishReason,
+        stopped_by: Option<StoppedBy>,
         usage: Usage,
     },
     /// This request alone cannot be served.

@@ -1,6 +1,7 @@
 //! The engine's thread: takes requests, plans steps, samples, and says what happened.
 
 use std::{
+    collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::Instant,
@@ -15,15 +16,19 @@ use super::{
     draft::DRAFTS_MAX,
     handle::{News, Shared},
     line::{Line, Ticket},
+    logits::{self, TokenSet},
+    logprobs,
+    masks::Masks,
     onnx,
     pace::{Load, Pace},
     planner::{self, Candidate, Leader, Limits, Turn},
     sampler,
     scripted::Scripted,
-    sequence::Sequence,
+    sequence::{Ending, Sequence},
 };
 use crate::{
-    domain::{FinishReason, RequestId},
+    domain::{FinishReason, TokenDetail},
+    grammar::GrammarError,
     model::Vocabulary,
     telemetry::Metrics,
 };
@@ -41,7 +46,7 @@ pub fn spawn(
         )));
     }
     // Submissions of requests that were cancelled meanwhile stay in the inbox until the next look.
-    let shared = Arc::new(Shared::new(4 * spec.sequences_max));
+    let shared = Arc::new(Shared::new(4 * spec.sequences_max * CHOICES_MAX));
     let gauges = Gauges::new(&metrics, spec.model.as_str());
     let (ready, loaded) = std::sync::mpsc::sync_channel(1);
     let on_thread = Arc::clone(&shared);
@@ -79,6 +84,11 @@ pub fn spawn(
     Ok(EngineHandle::new(shared))
 }
 
+/// Choices that one request may have at most, whatever an edge allows.
+const CHOICES_MAX: usize = 128;
+/// Rows of a prompt that is told of in one step: each has logits over the whole vocabulary.
+const TOLD_ROWS_MAX: usize = 16;
+
 struct Runner {
     forward: Box<dyn Forward>,
     vocabulary: Arc<Vocabulary>,
@@ -87,6 +97,8 @@ struct Runner {
     /// In order of admission.
     running: Vec<Running>,
     waiting: Line<Sequence>,
+    /// From the first request with a grammar on.
+    masks: Option<Masks>,
     pace: Pace,
     scratch: sampler::Scratch,
     events: Vec<EngineEvent>,
@@ -218,6 +230,7 @@ impl Runner {
             settings,
             running: Vec::new(),
             waiting: Line::new(),
+            masks: None,
             pace: Pace::new(),
             scratch: sampler::Scratch::default(),
             events: Vec::new(),
@@ -259,19 +272,20 @@ impl Runner {
     fn take_in(&mut self, news: News) {
         for spec in news.submitted {
             if let Some(message) = self.fault(&spec) {
-                self.events.push(EngineEvent { request: spec.request, body: EngineEventBody::Failed { message } });
+                let EngineRequest { request, choice, .. } = spec;
+                self.events.push(EngineEvent { request, choice, body: EngineEventBody::Failed { message } });
                 continue;
             }
-            // A request that is offered again replaces what is left of its earlier attempt.
-            drop(self.remove(&spec.request));
+            // A choice that is offered again replaces what is left of its earlier attempt.
+            drop(self.remove(|other| other.request == spec.request && other.choice == spec.choice));
             let priority = spec.priority;
-            let sequence = Sequence::new(spec, &self.pool, self.settings.block_tokens);
+            let sequence = Sequence::new(spec, &self.pool, self.settings.block_tokens, &self.vocabulary);
             self.waiting.join(&sequence.spec.lane.clone(), priority, (self.clock)(), sequence);
         }
         for request in news.cancelled {
-            if let Some(sequence) = self.remove(&request) {
-                let usage = sequence.usage();
-                self.events.push(sequence.event(EngineEventBody::Finished { reason: FinishReason::Cancelled, usage }));
+            for sequence in self.remove(|other| other.request == request) {
+                let (reason, usage) = (FinishReason::Cancelled, sequence.usage());
+                self.events.push(sequence.event(EngineEventBody::Finished { reason, stopped_by: None, usage }));
             }
         }
     }
@@ -291,11 +305,11 @@ impl Runner {
         }
     }
 
-    fn remove(&mut self, request: &RequestId) -> Option<Sequence> {
-        match self.running.iter().position(|running| running.sequence.spec.request == *request) {
-            Some(at) => Some(self.running.remove(at).sequence),
-            None => self.waiting.leave(|sequence| sequence.spec.request == *request).pop(),
-        }
+    fn remove(&mut self, which: impl Fn(&EngineRequest) -> bool) -> Vec<Sequence> {
+        let mut removed = self.waiting.leave(|sequence| which(&sequence.spec));
+        let chosen = self.running.extract_if(.., |running| which(&running.sequence.spec));
+        removed.extend(chosen.map(|running| running.sequence));
+        removed
     }
 
     fn step(&mut self) -> Result<(), EngineError> {
@@ -305,9 +319,10 @@ impl Runner {
         }
         self.steps += 1;
         let started = (self.clock)();
+        self.ask_for_masks(&members)?;
         let mut load = Load::default();
         let mut batch = Batch::default();
-        for Member { at, rows, logits_rows } in &members {
+        for Member { at, rows, logits_rows, .. } in &members {
             let sequence = &self.running[*at].sequence;
             load.add(sequence.computed, *rows, *logits_rows);
             batch.sequences.push(BatchSequence {
@@ -321,22 +336,31 @@ impl Runner {
         }
         let vocabulary = self.forward.vocabulary();
         let mut logits = self.forward.forward(&batch)?;
+        let mut masks = HashMap::new();
+        for (at, constraint, mask) in self.masks.iter_mut().flat_map(Masks::collect) {
+            self.running[at].sequence.constraint = Some(constraint);
+            masks.insert(at, mask);
+        }
         let mut ended = Vec::new();
-        for Member { at, rows, logits_rows } in members {
+        for Member { at, rows, logits_rows, prompt_rows } in members {
             let (own, others) = logits
                 .split_at_checked(logits_rows * vocabulary)
                 .ok_or_else(|| EngineError::Limits("the model returned too few rows".into()))?;
             logits = others;
+            let (of_prompt, own) = own.split_at(prompt_rows * vocabulary);
             let sequence = &mut self.running[at].sequence;
+            tell_of_prompt(sequence, of_prompt.chunks_exact(vocabulary), &mut self.scratch);
             let drafts = sequence.take_drafts();
             sequence.computed += rows - drafts.len();
-            let end = verify(sequence, own.chunks_exact(vocabulary), &drafts, &self.vocabulary, &mut self.scratch);
+            let mask = masks.remove(&at);
+            let rows = own.chunks_exact(vocabulary);
+            let end = verify(sequence, rows, &drafts, mask, &self.vocabulary, &mut self.scratch);
             self.counts.drafted_tokens.inc_by(drafts.len() as u64);
             self.counts.accepted_draft_tokens.inc_by(end.accepted as u64);
             if !matches!(end.last, Some(EngineEventBody::Failed { .. })) {
                 sequence.publish(self.settings.block_tokens);
             }
-            sequence.speak(&mut self.events);
+            sequence.speak(end.last.is_some(), &mut self.events);
             if let Some(last) = end.last {
                 self.events.push(sequence.event(last));
                 ended.push(at);
@@ -372,7 +396,7 @@ impl Runner {
         for (mut running, turn) in std::mem::take(&mut self.running).into_iter().zip(plan.running) {
             match turn {
                 Turn::Rows(rows) => {
-                    members.push(Member { at: kept.len(), rows, logits_rows: 0 });
+                    members.push(Member::new(kept.len(), rows));
                     kept.push(running);
                 }
                 Turn::Preempted => {
@@ -383,18 +407,25 @@ impl Runner {
             }
         }
         for (running, rows) in joining {
-            members.push(Member { at: kept.len(), rows, logits_rows: 0 });
+            members.push(Member::new(kept.len(), rows));
             kept.push(running);
         }
         self.running = kept;
         members.retain(|member| member.rows > 0);
-        for Member { at, rows, logits_rows } in &mut members {
+        for Member { at, rows, logits_rows, prompt_rows } in &mut members {
             let sequence = &mut self.running[*at].sequence;
+            if sequence.prompt_rows(*rows) > 0 {
+                *rows = (*rows).min(TOLD_ROWS_MAX);
+            }
             let end = sequence.computed + *rows;
             let known = sequence.tokens.len();
             sequence.drafts.truncate(end.saturating_sub(known));
             sequence.show_drafts();
-            *logits_rows = (end + 1).saturating_sub(known);
+            *prompt_rows = sequence.prompt_rows(*rows);
+            // Of a prompt that is told of, every row: those before the last are its own.
+            let sampled = (end + 1).saturating_sub(known);
+            *logits_rows = if *prompt_rows > 0 { *rows } else { sampled };
+            *prompt_rows = if *prompt_rows > 0 { *rows - sampled } else { 0 };
             let has_room = sequence.blocks.grow_to(end);
             assert!(has_room, "the planner gave out more KV blocks than there are");
         }
@@ -421,6 +452,8 @@ impl Runner {
                 // What a row costs, in tokens that the batch could have had instead.
                 let price = self.pace.draft_price(decodes, sequence.computed) * decodes.rows as f64;
                 let wanted = match speculation {
+                    // What a grammar allows behind a guess would have to be known before the guess is.
+                    _ if sequence.constraint.is_some() => 0,
                     Speculation::Always => DRAFTS_MAX,
                     _ => sequence.drafter.wanted(price),
                 };
@@ -439,7 +472,7 @@ impl Runner {
         if !self.settings.prefix_cache {
             return Candidate { tokens, priority, found: 0, found_free: 0, behind: None };
         }
-        let usable = sequence.chain.usable(tokens);
+        let usable = sequence.usable();
         let found = self.pool.find(usable);
         let next = usable.get(found.blocks);
         let computes_next = |other: &Sequence| next.is_some() && other.chain.names().get(found.blocks) == next;
@@ -451,6 +484,19 @@ impl Runner {
             self.waiting.iter().take(at).position(|(_, other)| computes_next(other)).map(Leader::Waiting)
         };
         Candidate { tokens, priority, found: found.blocks, found_free: found.kept, behind }
+    }
+
+    /// Has it worked out what the grammars of those that are sampled from in this step allow.
+    fn ask_for_masks(&mut self, members: &[Member]) -> Result<(), EngineError> {
+        for Member { at, .. } in members.iter().filter(|member| member.logits_rows > member.prompt_rows) {
+            let Some(constraint) = self.running[*at].sequence.constraint.take() else { continue };
+            let masks = match self.masks.take() {
+                Some(masks) => masks,
+                None => Masks::start()?,
+            };
+            self.masks.insert(masks).ask(*at, constraint)?;
+        }
+        Ok(())
     }
 
     fn publish_load(&self) {
@@ -475,6 +521,14 @@ struct Member {
     at: usize,
     rows: usize,
     logits_rows: usize,
+    /// Those of the logits' rows, the first, that tell of the prompt instead of being sampled from.
+    prompt_rows: usize,
+}
+
+impl Member {
+    fn new(at: usize, rows: usize) -> Self {
+        Self { at, rows, logits_rows: 0, prompt_rows: 0 }
+    }
 }
 
 /// What came of one sequence's step.
@@ -485,29 +539,69 @@ struct End {
     last: Option<EngineEventBody>,
 }
 
+type Mask = Result<TokenSet, GrammarError>;
+
+/// The prompt's rows from the sequence's first row that is computed now.
+fn tell_of_prompt<'a>(
+    sequence: &mut Sequence,
+    rows: impl Iterator<Item = &'a [f32]>,
+    scratch: &mut sampler::Scratch,
+) {
+    let top = sequence.spec.telling.prompt_logprobs.unwrap_or(0) as usize;
+    for (row, at) in rows.zip(sequence.computed..) {
+        // A prompt that is computed again, after a preemption, has been told of as far as it got.
+        if let Some(token) = sequence.untold(at) {
+            sequence.tell_of_prompt(logprobs::detail(row, token, top, &mut scratch.weights));
+        }
+    }
+}
+
 /// Samples from row after row of `logits` for as long as what comes out is what the next row was computed
 /// with. Random numbers belong to positions, so this is what would have come out row by row.
 fn verify<'a>(
     sequence: &mut Sequence,
     logits: impl Iterator<Item = &'a [f32]>,
     drafts: &[u32],
+    mask: Option<Mask>,
     vocabulary: &Vocabulary,
     scratch: &mut sampler::Scratch,
 ) -> End {
     let mut end = End { accepted: 0, last: None };
+    let failed = |message: &str| Some(EngineEventBody::Failed { message: message.to_owned() });
+    let mask = match mask.transpose() {
+        Ok(mask) => mask,
+        Err(error) => return End { accepted: 0, last: failed(&format!("the grammar cannot be followed: {error}")) },
+    };
     for (i, row) in logits.enumerate() {
         if !sampler::is_finite(row) {
-            let message = "the model computed something that is not a number".to_owned();
-            end.last = Some(EngineEventBody::Failed { message });
+            end.last = failed("the model computed something that is not a number");
             break;
         }
-        let token = sampler::sample(row, &sequence.spec.sampling, sequence.tokens.len(), scratch);
+        let Some(token) = choose(sequence, row, mask.as_ref(), scratch) else {
+            end.last = failed("nothing that may come next is left");
+            break;
+        };
         let is_right = drafts.get(i) == Some(&token);
         end.accepted += usize::from(is_right);
         // All but the token that is new now.
         sequence.computed = sequence.tokens.len();
-        if let Some(reason) = sequence.accept(token, vocabulary) {
-            end.last = Some(EngineEventBody::Finished { reason, usage: sequence.usage() });
+        let telling = sequence.spec.telling;
+        let detail = telling.tells_tokens().then(|| match telling.logprobs {
+            Some(top) => logprobs::detail(row, token, top as usize, &mut scratch.weights),
+            None => TokenDetail { token, logprob: 0.0, rank: 0, top: Vec::new(), is_hidden: false },
+        });
+        let matched = sequence.constraint.as_mut().map(|constraint| constraint.accept(token)).transpose();
+        let ending = sequence.accept(token, detail, vocabulary);
+        let ending = match (ending, matched) {
+            (_, Err(error)) => {
+                end.last = failed(&format!("the grammar cannot be followed: {error}"));
+                break;
+            }
+            (None, Ok(Some(true))) => Some(sequence.complete()),
+            (ending, _) => ending,
+        };
+        if let Some(Ending { reason, stopped_by }) = ending {
+            end.last = Some(EngineEventBody::Finished { reason, stopped_by, usage: sequence.usage() });
             break;
         }
         if !is_right {
@@ -516,6 +610,24 @@ fn verify<'a>(
     }
     sequence.drafter.learn(drafts.len(), end.accepted);
     end
+}
+
+/// The next token, from a row of logits. `None` if nothing may come.
+fn choose(
+    sequence: &Sequence,
+    row: &[f32],
+    mask: Option<&TokenSet>,
+    scratch: &mut sampler::Scratch,
+) -> Option<u32> {
+    let (params, position) = (&sequence.spec.sampling, sequence.tokens.len());
+    if sequence.shaper.is_none() && mask.is_none() {
+        return Some(sampler::sample(row, params, position, scratch));
+    }
+    let mut shaped = std::mem::take(&mut scratch.shaped);
+    let is_possible = logits::shape(row, sequence.shaper.as_ref(), mask, sequence.answer(), &mut shaped);
+    let token = is_possible.then(|| sampler::sample(&shaped, params, position, scratch));
+    scratch.shaped = shaped;
+    token
 }
 
 #[cfg(test)]

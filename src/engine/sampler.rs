@@ -26,7 +26,9 @@ pub fn sample(logits: &[f32], params: &SamplingParams, position: usize, scratch:
 /// Buffers that one engine reuses for every sample.
 #[derive(Default)]
 pub struct Scratch {
-    weights: Vec<f32>,
+    /// The row that is sampled from, where a request changes it.
+    pub shaped: Vec<f32>,
+    pub weights: Vec<f32>,
     candidates: Vec<(f32, u32)>,
     stretches: Vec<f64>,
 }
@@ -53,7 +55,7 @@ fn argmax(logits: &[f32]) -> u32 {
     logits.iter().position(|x| *x == largest).unwrap_or(0) as u32
 }
 
-fn largest(logits: &[f32]) -> f32 {
+pub fn largest(logits: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 16];
     let (chunks, rest) = logits.as_chunks::<16>();
     for chunk in chunks {
@@ -110,7 +112,7 @@ pub fn is_finite(logits: &[f32]) -> bool {
 }
 
 /// In lanes, which the processor adds up side by side.
-fn sum(weights: &[f32]) -> f64 {
+pub fn sum(weights: &[f32]) -> f64 {
     let mut lanes = [0f64; 8];
     let (eights, rest) = weights.as_chunks::<8>();
     for eight in eights {
@@ -173,7 +175,7 @@ mod tests {
     use super::*;
 
     fn params() -> SamplingParams {
-        SamplingParams { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 7 }
+        SamplingParams { seed: 7, ..Default::default() }
     }
 
     /// How often each token is drawn over many positions.

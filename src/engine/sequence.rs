@@ -4,12 +4,14 @@ use super::{
     EngineEvent, EngineEventBody, EngineRequest,
     blocks::{BlockPool, BlockTable},
     draft::Drafter,
+    logits::Shaper,
     planner::Demand,
-    prefix::Chain,
+    prefix::{BlockName, Chain},
     text::{Progress, TextAssembler},
 };
 use crate::{
-    domain::{FinishReason, Priority, Usage},
+    domain::{FinishReason, Priority, StoppedBy, TokenDetail, Usage},
+    grammar::Constraint,
     model::Vocabulary,
 };
 
@@ -23,17 +25,38 @@ pub struct Sequence {
     pub drafter: Drafter,
     /// Guessed for the step that is being planned or run.
     pub drafts: Vec<u32>,
+    /// Of requests that have one, but for while its mask is worked out.
+    pub constraint: Option<Box<Constraint>>,
+    pub shaper: Option<Shaper>,
     /// Prompt tokens that were there when it was first served.
     cached_tokens: Option<u32>,
+    /// Prompt tokens that have been told of.
+    prompt_told: usize,
+    prompt_details: Vec<TokenDetail>,
     text: TextAssembler,
     /// Text of this step that is certain.
     said: String,
     /// Decoded tokens that no event has counted yet.
     uncounted: u32,
+    /// Those that no event has told of yet, each with the length of the decoded bytes before it.
+    details: Vec<(TokenDetail, usize)>,
+    /// Bytes that the tokens so far decode to.
+    decoded_bytes: usize,
+}
+
+/// How an answer ended.
+pub struct Ending {
+    pub reason: FinishReason,
+    pub stopped_by: Option<StoppedBy>,
 }
 
 impl Sequence {
-    pub fn new(mut spec: EngineRequest, pool: &BlockPool, block_tokens: usize) -> Self {
+    pub fn new(mut spec: EngineRequest, pool: &BlockPool, block_tokens: usize, vocabulary: &Vocabulary) -> Self {
+        let stops = std::mem::take(&mut spec.stops.strings);
+        let mut ends = spec.stops.tokens.clone();
+        if !spec.stops.ignore_eos {
+            ends.extend_from_slice(&vocabulary.eos);
+        }
         let mut chain = Chain::new(&spec.lane, &spec.cache_salt, block_tokens);
         chain.extend(&spec.prompt);
         Self {
@@ -43,10 +66,16 @@ impl Sequence {
             chain,
             drafter: Drafter::new(),
             drafts: Vec::new(),
+            constraint: spec.constraint.take().map(Box::new),
+            shaper: Shaper::new(&spec.sampling, &spec.prompt, ends),
             cached_tokens: None,
-            text: TextAssembler::new(std::mem::take(&mut spec.stop)),
+            prompt_told: 1,
+            prompt_details: Vec::new(),
+            text: TextAssembler::new(stops, spec.stops.are_shown),
             said: String::new(),
             uncounted: 0,
+            details: Vec::new(),
+            decoded_bytes: 0,
             spec,
         }
     }
@@ -76,10 +105,15 @@ impl Sequence {
         (self.spec.prompt.len() + self.spec.output_tokens_max as usize).saturating_sub(self.tokens.len())
     }
 
+    /// The blocks that it may take from others: none where every row of the prompt is to be told of.
+    pub fn usable(&self) -> &[BlockName] {
+        if self.prompt_rows(1) > 0 { &[] } else { self.chain.usable(self.tokens.len()) }
+    }
+
     /// Takes the blocks of its prefix that are there. Answers with how many prompt tokens these hold if it is
     /// served for the first time.
     pub fn begin(&mut self, pool: &BlockPool, block_tokens: usize) -> Option<u32> {
-        let usable = self.chain.usable(self.tokens.len());
+        let usable = self.usable();
         let found = pool.find(usable).blocks;
         self.blocks.adopt(&usable[..found]);
         self.computed = found * block_tokens;
@@ -116,40 +150,98 @@ impl Sequence {
         self.blocks.publish(&self.chain.names()[..self.computed / block_tokens]);
     }
 
-    /// Adds a decoded token. The reason when the answer is over with it.
-    pub fn accept(&mut self, token: u32, vocabulary: &Vocabulary) -> Option<FinishReason> {
+    /// The tokens of its answer.
+    pub fn answer(&self) -> &[u32] {
+        &self.tokens[self.spec.prompt.len()..]
+    }
+
+    /// Adds a decoded token, and what is to be told of it. The ending when the answer is over with it.
+    pub fn accept(&mut self, token: u32, detail: Option<TokenDetail>, vocabulary: &Vocabulary) -> Option<Ending> {
         self.tokens.push(token);
         self.uncounted += 1;
-        if !self.spec.ignore_eos && vocabulary.is_eos(token) {
-            self.said += &self.text.finish();
-            return Some(FinishReason::Stop);
+        if let Some(shaper) = &mut self.shaper {
+            shaper.accept(token);
         }
-        match self.text.push(vocabulary.bytes(token)) {
-            Progress::Stopped(text) => {
+        if let Some(detail) = detail {
+            self.details.push((detail, self.decoded_bytes));
+        }
+        let stop = |stopped_by| Some(Ending { reason: FinishReason::Stop, stopped_by });
+        let is_stop = self.spec.stops.tokens.contains(&token);
+        if !self.spec.stops.ignore_eos && vocabulary.is_eos(token) || is_stop && !self.spec.stops.are_shown {
+            self.said += &self.text.finish();
+            if let Some((detail, _)) = self.details.last_mut() {
+                detail.is_hidden = true;
+            }
+            return stop(is_stop.then_some(StoppedBy::Token(token)));
+        }
+        let bytes = match self.spec.telling.control_text {
+            true => vocabulary.spelled(token),
+            false => vocabulary.bytes(token),
+        };
+        self.decoded_bytes += bytes.len();
+        let may_stop = self.answer().len() > self.spec.sampling.min_tokens as usize;
+        match self.text.push(bytes, may_stop) {
+            Progress::Stopped { text, by, dropped } => {
                 self.said += &text;
-                Some(FinishReason::Stop)
+                for (detail, from) in &mut self.details {
+                    detail.is_hidden = *from >= self.decoded_bytes.saturating_sub(dropped);
+                }
+                stop(Some(StoppedBy::Text(by)))
             }
             Progress::Text(text) => {
                 self.said += &text;
+                if is_stop {
+                    self.said += &self.text.finish();
+                    return stop(Some(StoppedBy::Token(token)));
+                }
                 if self.output_left() > 0 {
                     return None;
                 }
                 self.said += &self.text.finish();
-                Some(FinishReason::Length)
+                Some(Ending { reason: FinishReason::Length, stopped_by: None })
             }
         }
     }
 
+    /// Nothing may follow what its grammar has read.
+    pub fn complete(&mut self) -> Ending {
+        self.said += &self.text.finish();
+        Ending { reason: FinishReason::Stop, stopped_by: None }
+    }
+
+    /// How many of the next `rows` rows are to be told of as the prompt's: each tells of the token after it.
+    pub fn prompt_rows(&self, rows: usize) -> usize {
+        if self.spec.telling.prompt_logprobs.is_none() {
+            return 0;
+        }
+        (self.spec.prompt.len() - 1).saturating_sub(self.computed).min(rows)
+    }
+
+    /// The prompt's token after position `at`, if nothing has been told of it.
+    pub fn untold(&self, at: usize) -> Option<u32> {
+        (at + 1 == self.prompt_told).then(|| self.spec.prompt.get(at + 1).copied()).flatten()
+    }
+
+    pub fn tell_of_prompt(&mut self, detail: TokenDetail) {
+        self.prompt_told += 1;
+        self.prompt_details.push(detail);
+    }
+
     /// Says what the step brought, if anything.
-    pub fn speak(&mut self, events: &mut Vec<EngineEvent>) {
-        if !self.said.is_empty() {
+    pub fn speak(&mut self, has_ended: bool, events: &mut Vec<EngineEvent>) {
+        if !self.prompt_details.is_empty() {
+            let tokens = std::mem::take(&mut self.prompt_details);
+            events.push(self.event(EngineEventBody::Prompt { tokens }));
+        }
+        if !self.said.is_empty() || has_ended && !self.details.is_empty() {
             let text = std::mem::take(&mut self.said);
             let tokens = std::mem::take(&mut self.uncounted);
-            events.push(self.event(EngineEventBody::Delta { text, tokens }));
+            let details = std::mem::take(&mut self.details).into_iter().map(|(detail, _)| detail).collect();
+            events.push(self.event(EngineEventBody::Delta { text, tokens, details }));
         }
     }
 
     pub fn event(&self, body: EngineEventBody) -> EngineEvent {
-        EngineEvent { request: self.spec.request.clone(), body }
+        EngineEvent { request: self.spec.request.clone(), choice: self.spec.choice, body }
     }
 }

@@ -6,6 +6,8 @@
 /// The text of one answer, as it grows.
 pub struct TextAssembler {
     stops: Vec<String>,
+    /// Whether the text ends with what stopped it, rather than before it.
+    shows_stops: bool,
     /// Bytes at the end that are not yet a whole character.
     bytes: Vec<u8>,
     /// Whole characters held back because they may begin a stop string.
@@ -17,23 +19,36 @@ pub struct TextAssembler {
 pub enum Progress {
     /// Text that may be sent; may be empty.
     Text(String),
-    /// The text up to the stop string; the answer is over.
-    Stopped(String),
+    /// The answer is over.
+    Stopped {
+        /// Up to the stop string.
+        text: String,
+        by: String,
+        /// Bytes from there on, which are no part of the text.
+        dropped: usize,
+    },
 }
 
 impl TextAssembler {
-    pub fn new(stops: Vec<String>) -> Self {
+    pub fn new(stops: Vec<String>, shows_stops: bool) -> Self {
         let stops = stops.into_iter().filter(|s| !s.is_empty()).collect();
-        Self { stops, bytes: Vec::new(), held: String::new() }
+        Self { stops, shows_stops, bytes: Vec::new(), held: String::new() }
     }
 
-    /// Takes the bytes of the next token.
-    pub fn push(&mut self, bytes: &[u8]) -> Progress {
+    /// Takes the bytes of the next token. Unless it `may_stop`, the text is only text.
+    pub fn push(&mut self, bytes: &[u8], may_stop: bool) -> Progress {
         self.bytes.extend_from_slice(bytes);
         self.decode(false);
-        if let Some(at) = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min() {
-            self.held.truncate(at);
-            return Progress::Stopped(std::mem::take(&mut self.held));
+        if !may_stop {
+            return Progress::Text(std::mem::take(&mut self.held));
+        }
+        let found = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at, stop)));
+        if let Some((at, stop)) = found.min_by_key(|(at, _)| *at) {
+            let by = stop.clone();
+            let end = if self.shows_stops { at + by.len() } else { at };
+            let dropped = self.held.len() - end + self.bytes.len();
+            self.held.truncate(end);
+            return Progress::Stopped { text: std::mem::take(&mut self.held), by, dropped };
         }
         let rest = self.held.split_off(self.held.len() - self.possible_stop());
         Progress::Text(std::mem::replace(&mut self.held, rest))
@@ -91,16 +106,20 @@ mod tests {
 
     /// The text handed out for `bytes` cut into pieces of the given lengths.
     fn joined(bytes: &[u8], cuts: &[usize], stops: &[&str]) -> String {
-        let mut text = TextAssembler::new(stops.iter().map(|s| (*s).to_owned()).collect());
+        joined_with(bytes, cuts, stops, false)
+    }
+
+    fn joined_with(bytes: &[u8], cuts: &[usize], stops: &[&str], shows_stops: bool) -> String {
+        let mut text = TextAssembler::new(stops.iter().map(|s| (*s).to_owned()).collect(), shows_stops);
         let mut out = String::new();
         let mut rest = bytes;
         let mut cuts = cuts.iter().cycle();
         while !rest.is_empty() {
             let (piece, tail) = rest.split_at((*cuts.next().unwrap()).min(rest.len()));
             rest = tail;
-            match text.push(piece) {
+            match text.push(piece, true) {
                 Progress::Text(t) => out += &t,
-                Progress::Stopped(t) => return out + &t,
+                Progress::Stopped { text, .. } => return out + &text,
             }
         }
         out + &text.finish()
@@ -113,6 +132,15 @@ mod tests {
         assert_eq!(joined(b"aab", &[1], &["ab"]), "a");
         assert_eq!(joined("x€y".as_bytes(), &[1], &["€"]), "x");
         assert_eq!(joined(b"abcd", &[4], &["cd", "b"]), "a");
+    }
+
+    #[test]
+    fn a_stop_string_is_shown_whole_where_it_is_wanted_and_ignored_while_it_must_not_stop() {
+        assert_eq!(joined_with(b"one END two", &[1], &["END"], true), "one END");
+        assert_eq!(joined_with(b"one END two", &[11], &["END", "ND"], true), "one END");
+        let mut text = TextAssembler::new(vec!["b".into()], false);
+        assert_eq!(text.push(b"ab", false), Progress::Text("ab".into()));
+        assert_eq!(text.push(b"cb", true), Progress::Stopped { text: "c".into(), by: "b".into(), dropped: 1 });
     }
 
     #[test]

@@ -124,8 +124,7 @@ impl Vocabulary {
         }
     }
 
-    /// Tokens that are plain text, for tests that have no model file.
-    #[cfg(test)]
+    /// Tokens that are plain text: for tests, which have no model file.
     pub fn of_text(tokens: Vec<String>, eos: Vec<u32>) -> Self {
         Self {
             kinds: vec![TokenKind::Text; tokens.len()],
@@ -150,6 +149,14 @@ impl Vocabulary {
     /// The bytes that a token adds to the text; none for control tokens and ids outside the vocabulary.
     pub fn bytes(&self, token: u32) -> &[u8] {
         self.bytes.get(token as usize).map_or(&[], |b| b)
+    }
+
+    /// The same; of a control token, its name.
+    pub fn spelled(&self, token: u32) -> &[u8] {
+        match self.kinds.get(token as usize) {
+            Some(TokenKind::Control) => self.tokens[token as usize].as_bytes(),
+            _ => self.bytes(token),
+        }
     }
 
     /// The byte that a token of the byte fallback stands for.

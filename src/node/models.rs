@@ -16,6 +16,7 @@ use crate::{
     config::{self, Config, EngineKind, Role, Speculation, Spinning},
     domain::ModelId,
     engine::{self, Backend, EngineError, EngineSpec, MemoryNeed, OnnxRuntime, onnx::RuntimeOptions},
+    grammar::Grammars,
     model::ModelFile,
     prompt::{PromptModel, Tokenizer},
     telemetry::Metrics,
@@ -23,6 +24,8 @@ use crate::{
 
 pub struct Models {
     files: BTreeMap<ModelId, Arc<ModelFile>>,
+    /// Of the edge and of the engines; one for each file.
+    grammars: BTreeMap<ModelId, Arc<Grammars>>,
     /// Absent where nothing here needs it.
     runtime: Option<OnnxRuntime>,
     cpus: EngineCpus,
@@ -30,16 +33,21 @@ pub struct Models {
 
 /// Opens every model's file and, where this node runs engines, ONNX Runtime. Blocks.
 pub fn open(config: &Config) -> Result<Models, NodeError> {
-    let mut opened = HashMap::<PathBuf, Arc<ModelFile>>::new();
-    let mut files = BTreeMap::new();
+    let mut opened = HashMap::<PathBuf, (Arc<ModelFile>, Arc<Grammars>)>::new();
+    let (mut files, mut grammars) = (BTreeMap::new(), BTreeMap::new());
     for (id, model) in &config.models {
         let path = path(config, model);
-        let file = match opened.get(&path) {
-            Some(file) => Arc::clone(file),
-            None => ModelFile::open(&path).map_err(|error| fault(config, id, error.to_string()))?,
+        let (file, grammar) = match opened.get(&path) {
+            Some(both) => both.clone(),
+            None => {
+                let file = ModelFile::open(&path).map_err(|error| fault(config, id, error.to_string()))?;
+                let grammars = Arc::new(Grammars::new(Arc::clone(&file.vocabulary)));
+                (file, grammars)
+            }
         };
-        opened.insert(path, Arc::clone(&file));
+        opened.insert(path, (Arc::clone(&file), Arc::clone(&grammar)));
         files.insert(id.clone(), file);
+        grammars.insert(id.clone(), grammar);
     }
     let runs = config.node.role != Role::Edge;
     let needs_runtime = runs && config.models.values().any(|model| model.engine == EngineKind::Onnx);
@@ -48,7 +56,7 @@ pub fn open(config: &Config) -> Result<Models, NodeError> {
         limits::check_memory(config, &needs(config, &files))?;
     }
     let runtime = needs_runtime.then(|| start_runtime(config)).transpose()?;
-    Ok(Models { files, runtime, cpus })
+    Ok(Models { files, grammars, runtime, cpus })
 }
 
 /// What each model that runs here will take. Models of one file share its weights.
@@ -88,7 +96,9 @@ impl Models {
             };
             tokenizers.insert(path, Arc::clone(&tokenizer));
             let context = model.context_tokens_max.min(self.files[id].params.context_tokens);
-            let prompt = PromptModel::new(tokenizer, context).map_err(|error| fault(config, id, error.to_string()))?;
+            let grammars = Arc::clone(&self.grammars[id]);
+            let prompt =
+                PromptModel::new(tokenizer, grammars, context).map_err(|error| fault(config, id, error.to_string()))?;
             prompts.insert(id.clone(), prompt);
         }
         Ok(prompts)
@@ -111,6 +121,7 @@ impl Models {
             sequences_max: model.sequences_max,
             stall_max: Duration::from_millis(config.engine.stall_ms_max),
             policy: RestartPolicy::default(),
+            grammars: Arc::clone(&self.grammars[&id]),
             loader: Arc::new(move |sink| {
                 let backend = match (model.engine, &runtime) {
                     (EngineKind::Onnx, Some(runtime)) => Backend::Onnx(runtime.clone()),

@@ -1,18 +1,25 @@
 //! From messages to token ids: the model's own chat template, then its tokeniser, on threads of their own.
 //!
 //! Promises that text which a client wrote never becomes a control token, however it is spelled and
-//! whatever the template does with it, and that a prompt too long is refused after a bounded amount of
-//! work. CPU-bound and pure: never does I/O, never speaks HTTP, never keeps a message.
+//! whatever the template does with it, that a prompt too long is refused after a bounded amount of work, and that
+//! a shape which no answer could be held to is refused here. CPU-bound and pure: never does I/O, never speaks HTTP, never keeps a message.
 
+mod calls;
+mod conversation;
 mod pool;
 mod render;
 mod sentencepiece;
+mod shape;
 mod template;
 mod tokenizer;
+mod tools;
 
-pub use pool::{PromptModel, PromptPool};
+pub use calls::{CallReader, Said};
+pub use conversation::{Conversation, Message, Role, Tool, ToolCall};
+pub use pool::{Ask, Asked, Prepared, PromptModel, PromptPool};
 pub use render::Encoder;
-pub use template::{Message, Role, Template};
+pub use shape::{Calls, Shape, Shaped, TextShape, Whitespace};
+pub use template::Template;
 pub use tokenizer::{Tokenizer, TokenizerError};
 
 /// Why there is no prompt.
@@ -37,6 +44,9 @@ pub enum PromptError {
     /// `tokens` is exact, or a lower bound where counting all would have been work for nothing.
     #[error("prompt has {}{tokens} tokens, more than {context}", if *.at_least { "at least " } else { "" })]
     TooLong { tokens: usize, at_least: bool, context: usize },
+    /// No answer could be held to the wanted shape.
+    #[error("{why}")]
+    Grammar { what: Shaped, why: String },
     /// Too many requests wait for a prompt thread.
     #[error("prompt pool is full")]
     Full,

@@ -14,15 +14,66 @@ use std::{
 use actix::{Actor, Addr, Handler, SyncArbiter, SyncContext};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{Encoder, Message, PromptError, Template, Tokenizer, render::Piece};
-use crate::{domain::ModelId, model::TokenKind};
+use super::{Conversation, Encoder, PromptError, Shape, Shaped, Template, Tokenizer, render::Piece};
+use crate::{
+    domain::{GrammarSource, ModelId},
+    grammar::{GrammarError, Grammars},
+    model::TokenKind,
+};
 
-/// Everything that turns messages for one model into token ids.
+/// Everything that turns messages for one model into token ids, and shapes of answers into grammars.
 pub struct PromptModel {
     pub template: Template,
     pub encoder: Arc<dyn Encoder>,
+    pub grammars: Arc<Grammars>,
     /// Prompt and answer together.
     pub context_tokens_max: usize,
+}
+
+/// What is asked of the model, in the client's words.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ask {
+    pub prompt: Asked,
+    pub shape: Shape,
+    /// Only so many tokens of the prompt, the last ones, are read.
+    pub tokens_max: Option<usize>,
+    pub bad_words: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Asked {
+    Conversation(Box<Conversation>),
+    /// As it is, without any template.
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+/// The same, as the engine needs it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Prepared {
+    pub tokens: Vec<u32>,
+    /// Compiled once already, so that it is known to be good.
+    pub grammar: Option<GrammarSource>,
+    pub bad_words: Vec<Vec<u32>>,
+}
+
+impl Ask {
+    /// Of an answer of any shape.
+    pub fn new(prompt: Asked) -> Self {
+        Self { prompt, shape: Shape::default(), tokens_max: None, bad_words: Vec::new() }
+    }
+
+    fn is_small(&self) -> bool {
+        let Asked::Conversation(conversation) = &self.prompt else { return false };
+        let Conversation { messages, tools, documents, variables, .. } = &**conversation;
+        messages.len() <= SMALL_MESSAGES_MAX
+            && conversation.bytes() <= SMALL_BYTES_MAX
+            && tools.is_empty()
+            && documents.is_empty()
+            && variables.is_empty()
+            && self.shape.is_free()
+            && self.bad_words.is_empty()
+    }
 }
 
 /// Bytes of prompt for each token of context up to which all is counted at once. Text has some four bytes a
@@ -40,42 +91,127 @@ const SMALL_MESSAGES_MAX: usize = 8;
 
 impl PromptModel {
     /// The template and the control tokens as the model's file has them.
-    pub fn new(tokenizer: Arc<Tokenizer>, context_tokens_max: usize) -> Result<Self, PromptError> {
+    pub fn new(
+        tokenizer: Arc<Tokenizer>,
+        grammars: Arc<Grammars>,
+        context_tokens_max: usize,
+    ) -> Result<Self, PromptError> {
         let source = tokenizer.template().ok_or(PromptError::NoTemplate)?;
         let vocabulary = tokenizer.vocabulary();
         let control = vocabulary.tokens.iter().zip(&vocabulary.kinds);
         let control = control.filter(|(_, kind)| **kind == TokenKind::Control).map(|(text, _)| text.clone()).collect();
         let template = Template::compile(source, tokenizer.bos_text(), tokenizer.eos_text(), control)?;
-        Ok(Self { template, encoder: tokenizer, context_tokens_max })
+        Ok(Self { template, encoder: tokenizer, grammars, context_tokens_max })
     }
 
-    /// The prompt's token ids, fewer than the context, so that there is room for an answer.
-    pub fn tokens(&self, messages: &[Message]) -> Result<Vec<u32>, PromptError> {
-        let context = self.context_tokens_max;
-        // Every message has a token at least, whatever is in it: the one that says who speaks.
-        if messages.len() >= context {
-            return Err(PromptError::TooLong { tokens: messages.len(), at_least: true, context });
-        }
-        self.template.render(messages, |pieces| self.encode(pieces))?
+    /// The prompt's token ids, fewer than the context, so that there is room for an answer; and whatever else the
+    /// engine needs of the client's words.
+    pub fn prepare(&self, ask: &Ask) -> Result<Prepared, PromptError> {
+        let grammar = self.grammar(&ask.shape)?;
+        let tokens = self.tokens(ask)?;
+        let bad_words = self.bad_words(&ask.bad_words)?;
+        Ok(Prepared { tokens, grammar, bad_words })
     }
 
-    fn encode(&self, pieces: &[Piece]) -> Result<Vec<u32>, PromptError> {
-        let context = self.context_tokens_max;
-        let bytes: usize = pieces.iter().map(|piece| piece.text().len()).sum();
-        if bytes > context.saturating_mul(BYTES_PER_TOKEN_COUNTED) {
-            self.refuse_the_hopeless(pieces)?;
-        }
-        let mut tokens = Vec::with_capacity(bytes / 4 + 16);
-        for piece in pieces {
-            match piece {
-                Piece::Control(text) => tokens.push(self.control(text)?),
-                Piece::Text(text) => tokens.extend(self.encoder.encode(text)?),
+    fn grammar(&self, shape: &Shape) -> Result<Option<GrammarSource>, PromptError> {
+        let Some(grammar) = shape.grammar() else { return Ok(None) };
+        let compiled = |grammar: &GrammarSource| self.grammars.compile(grammar).map(drop);
+        let why = match compiled(&grammar) {
+            Ok(()) => return Ok(Some(grammar)),
+            Err(GrammarError::Vocabulary(why)) => return Err(PromptError::Encode(why)),
+            Err(GrammarError::Refused(why)) => why,
+        };
+        let parts = shape.parts().filter_map(|(what, part)| part.grammar().map(|grammar| (what, grammar)));
+        for (what, part) in parts {
+            if let Err(GrammarError::Refused(why)) = compiled(&part) {
+                return Err(PromptError::Grammar { what, why });
             }
+        }
+        // Each part by itself is fine: together they are too much.
+        let what = if shape.calls.tools.is_empty() { Shaped::Text } else { Shaped::Tool(0) };
+        Err(PromptError::Grammar { what, why })
+    }
+
+    fn tokens(&self, ask: &Ask) -> Result<Vec<u32>, PromptError> {
+        let (context, tokens_max) = (self.context_tokens_max, ask.tokens_max);
+        let mut tokens = match &ask.prompt {
+            Asked::Conversation(conversation) => {
+                // Every message has a token at least, whatever is in it: the one that says who speaks.
+                let messages = conversation.messages.len();
+                if messages >= context && tokens_max.is_none() {
+                    return Err(PromptError::TooLong { tokens: messages, at_least: true, context });
+                }
+                self.template.render(conversation, |pieces| self.encode(pieces, tokens_max))??
+            }
+            Asked::Text(text) => self.encode(&[Piece::Text(text.into())], tokens_max)?,
+            Asked::Tokens(tokens) => tokens.clone(),
+        };
+        if let Some(most) = tokens_max {
+            tokens.drain(..tokens.len().saturating_sub(most));
         }
         if tokens.len() >= context {
             return Err(PromptError::TooLong { tokens: tokens.len(), at_least: false, context });
         }
         Ok(tokens)
+    }
+
+    fn encode(&self, pieces: &[Piece], tokens_max: Option<usize>) -> Result<Vec<u32>, PromptError> {
+        let bytes: usize = pieces.iter().map(|piece| piece.text().len()).sum();
+        let is_long = bytes > self.context_tokens_max.saturating_mul(BYTES_PER_TOKEN_COUNTED);
+        match tokens_max {
+            Some(most) if is_long => return self.encode_end(pieces, most),
+            None if is_long => self.refuse_the_hopeless(pieces)?,
+            _ => {}
+        }
+        let mut tokens = Vec::with_capacity(bytes / 4 + 16);
+        for piece in pieces {
+            tokens.extend(self.encode_piece(piece)?);
+        }
+        Ok(tokens)
+    }
+
+    /// The last tokens, at least `most` where there are so many, without reading all of a long text.
+    fn encode_end(&self, pieces: &[Piece], most: usize) -> Result<Vec<u32>, PromptError> {
+        let mut ends = Vec::new();
+        let mut count = 0;
+        for piece in pieces.iter().rev() {
+            let mut rest = piece.text();
+            while !rest.is_empty() && count < most {
+                let (from, tokens) = match piece {
+                    Piece::Control(text) => (0, vec![self.control(text)?]),
+                    Piece::Text(_) => {
+                        let from = cut(rest, rest.len().saturating_sub(CHUNK_BYTES * 64));
+                        let from = if rest.len() <= CHUNK_BYTES * 64 { 0 } else { from };
+                        (from, self.encoder.encode(&rest[from..])?)
+                    }
+                };
+                count += tokens.len();
+                ends.push(tokens);
+                rest = &rest[..from];
+            }
+        }
+        Ok(ends.into_iter().rev().flatten().collect())
+    }
+
+    fn encode_piece(&self, piece: &Piece) -> Result<Vec<u32>, PromptError> {
+        match piece {
+            Piece::Control(text) => Ok(vec![self.control(text)?]),
+            Piece::Text(text) => self.encoder.encode(text),
+        }
+    }
+
+    /// Each word as it stands at the beginning of a text and as it stands within one.
+    fn bad_words(&self, words: &[String]) -> Result<Vec<Vec<u32>>, PromptError> {
+        let mut all = Vec::new();
+        for word in words {
+            for spelling in [word.trim_start().to_owned(), format!(" {}", word.trim_start())] {
+                let tokens = self.encoder.encode(&spelling)?;
+                if !tokens.is_empty() && !all.contains(&tokens) {
+                    all.push(tokens);
+                }
+            }
+        }
+        Ok(all)
     }
 
     /// Counts in chunks, and stops once it is certain that the prompt does not fit. A cut inside a word may
@@ -151,13 +287,13 @@ impl PromptPool {
         Self { models, address, places: Arc::new(Semaphore::new(threads + queue_max)) }
     }
 
-    /// The prompt's token ids, and the messages dropped where they were worked on.
-    pub async fn tokens(&self, model: ModelId, messages: Vec<Message>) -> Result<Vec<u32>, PromptError> {
-        if is_small(&messages) {
-            return tokens(&self.models, &model, &messages);
+    /// Prepares, and drops what was asked where it was worked on.
+    pub async fn prepare(&self, model: ModelId, ask: Ask) -> Result<Prepared, PromptError> {
+        if ask.is_small() {
+            return prepare(&self.models, &model, &ask);
         }
         let place = self.places.clone().try_acquire_owned().map_err(|_| PromptError::Full)?;
-        let answer = self.address.send(Render { model, messages, _place: place }).await;
+        let answer = self.address.send(Render { model, ask, _place: place }).await;
         answer.unwrap_or_else(|error| Err(PromptError::Pool(error.to_string())))
     }
 
@@ -169,13 +305,13 @@ impl PromptPool {
 
 struct Render {
     model: ModelId,
-    messages: Vec<Message>,
+    ask: Ask,
     /// Given back when the work is done, or dropped undone because nobody waits for it any more.
     _place: OwnedSemaphorePermit,
 }
 
 impl actix::Message for Render {
-    type Result = Result<Vec<u32>, PromptError>;
+    type Result = Result<Prepared, PromptError>;
 }
 
 struct Renderer {
@@ -187,26 +323,17 @@ impl Actor for Renderer {
 }
 
 impl Handler<Render> for Renderer {
-    type Result = Result<Vec<u32>, PromptError>;
+    type Result = Result<Prepared, PromptError>;
 
     fn handle(&mut self, task: Render, _: &mut Self::Context) -> Self::Result {
-        tokens(&self.models, &task.model, &task.messages)
+        prepare(&self.models, &task.model, &task.ask)
     }
 }
 
-fn is_small(messages: &[Message]) -> bool {
-    let bytes = |message: &Message| message.content.len() + message.name.as_ref().map_or(0, String::len);
-    messages.len() <= SMALL_MESSAGES_MAX && messages.iter().map(bytes).sum::<usize>() <= SMALL_BYTES_MAX
-}
-
-fn tokens(
-    models: &BTreeMap<ModelId, PromptModel>,
-    model: &ModelId,
-    messages: &[Message],
-) -> Result<Vec<u32>, PromptError> {
+fn prepare(models: &BTreeMap<ModelId, PromptModel>, model: &ModelId, ask: &Ask) -> Result<Prepared, PromptError> {
     let model = models.get(model).ok_or_else(|| PromptError::UnknownModel(model.to_string()))?;
     // Nobody replaces a thread that has panicked.
-    catch_unwind(AssertUnwindSafe(|| model.tokens(messages))).unwrap_or_else(|panic| {
+    catch_unwind(AssertUnwindSafe(|| model.prepare(ask))).unwrap_or_else(|panic| {
         let what = panic
             .downcast_ref::<&str>()
             .map(|text| (*text).to_owned())
@@ -218,7 +345,10 @@ fn tokens(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::prompt::Role;
+    use crate::{
+        model::Vocabulary,
+        prompt::{Message, Role},
+    };
 
     /// One token a byte, and the control tokens as 1000.
     struct Bytes;
@@ -237,11 +367,16 @@ mod tests {
     fn model(context_tokens_max: usize) -> PromptModel {
         let source = "{% for m in messages %}<|a|>{{ m.content }}{% endfor %}";
         let template = Template::compile(source, "", "", vec!["<|a|>".into()]).unwrap();
-        PromptModel { template, encoder: Arc::new(Bytes), context_tokens_max }
+        let vocabulary = Arc::new(Vocabulary::of_text((0..=255).map(|b: u8| char::from(b).to_string()).collect(), vec![0]));
+        PromptModel { template, encoder: Arc::new(Bytes), grammars: Arc::new(Grammars::new(vocabulary)), context_tokens_max }
     }
 
-    fn user(content: &str) -> Vec<Message> {
-        vec![Message { role: Role::User, content: content.to_owned(), name: None }]
+    fn user(content: &str) -> Ask {
+        ask(vec![Message::new(Role::User, content)])
+    }
+
+    fn ask(messages: Vec<Message>) -> Ask {
+        Ask::new(Asked::Conversation(Box::new(Conversation::new(messages))))
     }
 
     #[test]
@@ -269,9 +404,42 @@ mod tests {
 
     #[test]
     fn more_messages_than_the_context_has_tokens_are_not_even_rendered() {
-        let messages: Vec<_> = (0..1000).flat_map(|_| user("")).collect();
+        let messages = ask(vec![Message::new(Role::User, ""); 1000]);
         let expected = PromptError::TooLong { tokens: 1000, at_least: true, context: 1000 };
         assert_eq!(model(1000).tokens(&messages), Err(expected));
+    }
+
+    #[test]
+    fn of_a_prompt_that_is_cut_the_last_tokens_stay_however_long_it_was() {
+        let model = model(100_000);
+        for length in [10, 90_000, 900_000] {
+            let text: String = (0..length).map(|i| char::from(b'a' + (i * 7 % 26) as u8)).collect();
+            let cut = model.prepare(&Ask { tokens_max: Some(50_000), ..user(&text) }).unwrap().tokens;
+            let all: Vec<u32> = [1000].into_iter().chain(text.bytes().map(u32::from)).collect();
+            assert_eq!(cut, all[all.len().saturating_sub(50_000)..]);
+        }
+    }
+
+    #[test]
+    fn bad_words_are_spelled_with_and_without_a_space() {
+        let words = model(100).prepare(&Ask { bad_words: vec!["no".into(), " ".into()], ..user("x") }).unwrap().bad_words;
+        assert_eq!(words, [vec![110, 111], vec![32, 110, 111], vec![32]]);
+    }
+
+    #[test]
+    fn a_shape_that_cannot_be_held_to_is_refused_and_another_comes_with_its_grammar() {
+        use crate::prompt::{TextShape, Whitespace};
+        let shaped = |text| {
+            let shape = Shape { text, ..Shape::default() };
+            model(100).prepare(&Ask { shape, ..user("x") }).map(|prepared| prepared.grammar.is_some())
+        };
+        let json = |schema| shaped(TextShape::Json { schema, whitespace: Whitespace::Some });
+        assert_eq!(json(serde_json::json!({ "type": "object" })), Ok(true));
+        assert!(matches!(json(serde_json::json!({ "not": {} })), Err(PromptError::Grammar { why, .. }) if why.contains("not")));
+        assert_eq!(shaped(TextShape::Regex("[a-c]+x".into())), Ok(true));
+        assert!(matches!(shaped(TextShape::Regex("(".into())), Err(PromptError::Grammar { .. })));
+        assert_eq!(shaped(TextShape::Choice(vec!["a\"".into(), "b".into()])), Ok(true));
+        assert_eq!(shaped(TextShape::Any), Ok(false));
     }
 
     #[test]
@@ -295,11 +463,12 @@ mod tests {
             let id = ModelId::from("m");
             let pool = PromptPool::start(Arc::new(BTreeMap::from([(id.clone(), model(100))])), 1, 1);
             for text in ["panic".to_owned(), "panic".repeat(SMALL_BYTES_MAX)] {
-                let failed = pool.tokens(id.clone(), user(&text)).await;
+                let failed = pool.prepare(id.clone(), user(&text)).await;
                 assert!(matches!(failed, Err(PromptError::Pool(_))), "{failed:?}");
             }
-            assert_eq!(pool.tokens(id.clone(), user("a")).await, Ok(vec![1000, 97]));
-            assert!(matches!(pool.tokens("other".into(), user("a")).await, Err(PromptError::UnknownModel(_))));
+            let prepared = pool.prepare(id.clone(), user("a")).await;
+            assert_eq!(prepared.map(|prepared| prepared.tokens), Ok(vec![1000, 97]));
+            assert!(matches!(pool.prepare("other".into(), user("a")).await, Err(PromptError::UnknownModel(_))));
         });
     }
 
@@ -308,7 +477,7 @@ mod tests {
         actix::System::new().block_on(async {
             let id = ModelId::from("m");
             let pool = PromptPool::start(Arc::new(BTreeMap::from([(id.clone(), model(1_000_000))])), 1, 1);
-            let ask = || Box::pin(pool.tokens(id.clone(), user(&"word ".repeat(50_000))));
+            let ask = || Box::pin(pool.prepare(id.clone(), user(&"word ".repeat(50_000))));
             let (mut first, mut second) = (ask(), ask());
             assert!(futures::poll!(&mut first).is_pending());
             assert!(futures::poll!(&mut second).is_pending());

@@ -118,6 +118,10 @@ impl Mark {
         let random = rand::random::<u128>() >> 32;
         Self(format!("\u{FDD0}{random}\u{FDD1}"))
     }
+
+    pub(super) fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 fn suffixes(token: &str) -> impl Iterator<Item = &str> {

@@ -1,7 +1,5 @@
 //! The model's chat template, as its file carries it.
 
-use std::borrow::Cow;
-
 use minijinja::{
     Environment, ErrorKind, UndefinedBehavior, context,
     syntax::SyntaxConfig,
@@ -9,29 +7,13 @@ use minijinja::{
 };
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::Serialize;
+use serde_json::{Map, Value as Json};
 
 use super::{
-    PromptError,
+    Conversation, Message, PromptError, Role, ToolCall,
     render::{ControlTokens, Mark, Piece},
+    tools,
 };
-
-/// Who speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    Developer,
-    System,
-    User,
-    Assistant,
-}
-
-/// One message of a conversation.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Message {
-    pub role: Role,
-    pub content: String,
-    pub name: Option<String>,
-}
 
 /// A compiled chat template and what it may print beside the messages.
 pub struct Template {
@@ -41,6 +23,8 @@ pub struct Template {
     control: ControlTokens,
     knows_developer: bool,
     knows_names: bool,
+    knows_tools: bool,
+    knows_documents: bool,
 }
 
 const NAME: &str = "chat";
@@ -68,6 +52,8 @@ impl Template {
             control: ControlTokens::new(control)?,
             knows_developer: source.contains("developer"),
             knows_names: source.contains(".name") || source.contains("'name'") || source.contains("\"name\""),
+            knows_tools: tools::are_known_to(source),
+            knows_documents: source.contains("documents"),
         })
     }
 
@@ -76,46 +62,110 @@ impl Template {
         self.knows_names
     }
 
-    /// Renders the conversation up to where the assistant speaks next, and hands the pieces for the
-    /// tokeniser to `use_pieces`.
+    /// Whether documents reach the model at all.
+    pub fn knows_documents(&self) -> bool {
+        self.knows_documents
+    }
+
+    /// Renders the conversation and hands the pieces for the tokeniser to `use_pieces`.
     pub(super) fn render<T>(
         &self,
-        messages: &[Message],
+        conversation: &Conversation,
         use_pieces: impl FnOnce(&[Piece]) -> T,
     ) -> Result<T, PromptError> {
-        let mark = Mark::random();
-        let shown: Vec<Shown> = messages
-            .iter()
-            .map(|message| Shown {
-                // A template that was not taught the newer role gets the older one of the same meaning.
-                role: match message.role {
-                    Role::Developer if !self.knows_developer => Role::System,
-                    role => role,
-                },
-                content: self.control.defuse(&message.content, &mark),
-                name: message.name.as_deref().map(|name| self.control.defuse(name, &mark)),
-            })
-            .collect();
+        let (mark, end) = (Mark::random(), Mark::random());
+        let defuse = |text: &str| self.control.defuse(text, &mark).into_owned();
+        let plain;
+        let (messages, tools) = if self.knows_tools {
+            (&conversation.messages, conversation.tools.iter().map(tools::shown).collect())
+        } else {
+            plain = tools::spelled_out(&conversation.messages, &conversation.tools);
+            (&plain, Vec::new())
+        };
+        let mut shown: Vec<Shown> = messages.iter().map(|message| self.shown(message, &defuse)).collect();
+        if conversation.continues_last
+            && let Some(last) = shown.last_mut()
+        {
+            last.content.push_str(end.as_str());
+        }
+        let defused = |values: &[Json]| values.iter().map(|value| defuse_all(value, &defuse)).collect::<Vec<_>>();
+        let optional = |values: Vec<Json>| if values.is_empty() { Value::UNDEFINED } else { Value::from_serialize(values) };
+        let Json::Object(variables) = defuse_all(&Json::Object(conversation.variables.clone()), &defuse) else {
+            unreachable!("an object stays one")
+        };
         let template = self.environment.get_template(NAME).map_err(broken)?;
-        let text = template
+        let mut text = template
             .render(context! {
                 messages => Serde(&shown),
                 bos_token => &self.bos,
                 eos_token => &self.eos,
-                add_generation_prompt => true,
+                add_generation_prompt => conversation.begins_answer && !conversation.continues_last,
+                tools => optional(defused(&tools)),
+                documents => optional(defused(&conversation.documents)),
+                ..Value::from_serialize(&variables)
             })
             .map_err(failed)?;
+        if conversation.continues_last {
+            // What the template writes behind the last message would end it.
+            let Some(at) = text.rfind(end.as_str()) else {
+                return Err(PromptError::Refused("its last message cannot be continued".into()));
+            };
+            text.truncate(at);
+        }
+        if conversation.has_bos && !self.bos.is_empty() {
+            text.insert_str(0, &self.bos);
+        }
         Ok(use_pieces(&self.control.split(&text, &mark)))
+    }
+
+    fn shown(&self, message: &Message, defuse: &impl Fn(&str) -> String) -> Shown {
+        Shown {
+            // A template that was not taught the newer role gets the older one of the same meaning.
+            role: match message.role {
+                Role::Developer if !self.knows_developer => Role::System,
+                role => role,
+            },
+            content: defuse(&message.content),
+            name: message.name.as_deref().map(defuse),
+            tool_calls: message.tool_calls.iter().map(|call| shown_call(call, defuse)).collect(),
+            tool_call_id: message.tool_call_id.as_deref().map(defuse),
+        }
     }
 }
 
 /// A message as the template sees it.
 #[derive(Serialize)]
-struct Shown<'a> {
+struct Shown {
     role: Role,
-    content: Cow<'a, str>,
+    content: String,
     #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<Cow<'a, str>>,
+    name: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<Json>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tool_call_id: Option<String>,
+}
+
+/// Templates want the arguments as an object.
+fn shown_call(call: &ToolCall, defuse: &impl Fn(&str) -> String) -> Json {
+    let arguments = match serde_json::from_str(&call.arguments) {
+        Ok(arguments @ Json::Object(_)) => defuse_all(&arguments, defuse),
+        _ => Json::from(defuse(&call.arguments)),
+    };
+    let function = serde_json::json!({ "name": defuse(&call.name), "arguments": arguments });
+    serde_json::json!({ "id": defuse(&call.id), "type": "function", "function": function })
+}
+
+/// Every text of a value, keys included. Its depth was bounded when it was parsed.
+fn defuse_all(value: &Json, defuse: &impl Fn(&str) -> String) -> Json {
+    match value {
+        Json::String(text) => Json::from(defuse(text)),
+        Json::Array(items) => items.iter().map(|item| defuse_all(item, defuse)).collect(),
+        Json::Object(fields) => {
+            Json::Object(fields.iter().map(|(key, value)| (defuse(key), defuse_all(value, defuse))).collect::<Map<_, _>>())
+        }
+        other => other.clone(),
+    }
 }
 
 fn broken(error: minijinja::Error) -> PromptError {
@@ -132,6 +182,7 @@ fn failed(error: minijinja::Error) -> PromptError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::prompt::Tool;
 
     /// As SmolLM2's file carries it.
     pub(in crate::prompt) const SMOLLM2: &str = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
@@ -142,12 +193,16 @@ mod tests {
     }
 
     fn message(role: Role, content: &str) -> Message {
-        Message { role, content: content.to_owned(), name: None }
+        Message::new(role, content)
     }
 
     /// Control tokens in ⟨⟩, so that they are told from text that looks the same.
     fn shown(template: &Template, messages: &[Message]) -> Result<String, PromptError> {
-        template.render(messages, |pieces| {
+        shown_as(template, &Conversation::new(messages.to_vec()))
+    }
+
+    fn shown_as(template: &Template, conversation: &Conversation) -> Result<String, PromptError> {
+        template.render(conversation, |pieces| {
             pieces
                 .iter()
                 .map(|piece| match piece {
@@ -222,5 +277,66 @@ mod tests {
         assert!(template.knows_names());
         let named = Message { name: Some("<|im_end|>".into()), ..message(Role::User, "a") };
         assert_eq!(shown(&template, &[named]).unwrap(), "<|im_end|>: a;");
+    }
+
+    #[test]
+    fn a_template_that_knows_tools_gets_them_as_they_are_and_another_has_them_explained() {
+        let tool = Tool {
+            name: "f".into(),
+            description: Some("<|im_end|>".into()),
+            parameters: None,
+            strict: false,
+        };
+        let call = ToolCall { id: "c".into(), name: "f".into(), arguments: r#"{"a":"<|im_end|>"}"#.into() };
+        let messages = vec![
+            message(Role::User, "x"),
+            Message { tool_calls: vec![call], ..message(Role::Assistant, "") },
+            Message { tool_call_id: Some("c".into()), ..message(Role::Tool, "7") },
+        ];
+        let conversation = Conversation { tools: vec![tool], ..Conversation::new(messages) };
+        let knows = compile(
+            "{% for t in tools %}{{ t.function.name }}:{{ t.function.description }};{% endfor %}\
+             {% for m in messages %}{{ m.role }}{% for c in m.tool_calls %}<tool_call>{{ c.function.arguments.a }}\
+             {% endfor %}{{ m.content }};{% endfor %}",
+        );
+        let rendered = shown_as(&knows, &conversation).unwrap();
+        assert_eq!(rendered, "f:<|im_end|>;userx;assistant<tool_call><|im_end|>;tool7;");
+        let rendered = shown_as(&compile(SMOLLM2), &conversation).unwrap();
+        assert!(rendered.starts_with("⟨<|im_start|>⟩system\nYou can call the functions below"), "{rendered}");
+        assert!(rendered.contains("\"arguments\": {\"a\":\"<|im_end|>\"}}\n</tool_call>⟨<|im_end|>⟩"));
+        assert!(rendered.contains("user\n<tool_response>\n7\n</tool_response>⟨"));
+        let none = Conversation::new(conversation.messages);
+        assert!(shown_as(&knows, &none).unwrap().starts_with("userx"));
+    }
+
+    #[test]
+    fn the_last_message_is_continued_where_it_ends() {
+        let smollm2 = compile(SMOLLM2);
+        let messages = vec![message(Role::System, "s"), message(Role::User, "u"), message(Role::Assistant, "Once ")];
+        let conversation = Conversation { continues_last: true, ..Conversation::new(messages) };
+        let rendered = shown_as(&smollm2, &conversation).unwrap();
+        assert!(rendered.ends_with("⟨<|im_start|>⟩assistant\nOnce "), "{rendered}");
+        let trims = compile("{% for m in messages %}{{ m.content | trim }}.{% endfor %}");
+        assert_eq!(shown_as(&trims, &conversation).unwrap(), "s.u.Once ");
+        let drops = compile("{{ messages[0].content }}");
+        assert!(matches!(shown_as(&drops, &conversation), Err(PromptError::Refused(_))));
+    }
+
+    #[test]
+    fn what_a_client_adds_for_the_template_is_there_and_hides_nothing_of_ours() {
+        let template = compile("{{ mood }}{{ nested.a[0] }}{{ messages[0].content }}{{ bos_token }}{{ documents[0].text }}");
+        let variables = serde_json::json!({
+            "mood": "<|im_end|>", "nested": { "a": ["n"] }, "messages": [{ "content": "forged" }], "bos_token": "forged",
+        });
+        let conversation = Conversation {
+            variables: variables.as_object().unwrap().clone(),
+            documents: vec![serde_json::json!({ "text": "d" })],
+            has_bos: true,
+            begins_answer: false,
+            ..Conversation::new(vec![message(Role::User, "u")])
+        };
+        assert!(template.knows_documents());
+        let rendered = shown_as(&template, &conversation).unwrap();
+        assert_eq!(rendered, "⟨<|im_start|>⟩<|im_end|>nu⟨<|im_start|>⟩d");
     }
 }

@@ -14,9 +14,12 @@ use crate::{
 };
 
 /// First byte of a stored job. A node that reads another one was not made for this queue's jobs.
-const JOB_FORMAT: u8 = 2;
+const JOB_FORMAT: u8 = 3;
 /// Requests that one sweep takes out at most; the rest is for the next one.
 const EXPIRED_PER_SWEEP: usize = 256;
+/// A cancellation that its edge has not read by then is forgotten.
+const CANCELLATION_MS_MAX: u64 = 60_000;
+const CANCELLATIONS_AT_ONCE: usize = 256;
 
 #[derive(Clone, Copy, Debug)]
 pub struct QueueLimits {
@@ -144,6 +147,38 @@ impl Queue {
             "absent" => Ok(false),
             _ => Err(reply.unexpected("withdraw")),
         }
+    }
+
+    /// The job of a request that waits or runs. `None`: it is not in this queue, or no longer.
+    pub async fn find(&self, model: &ModelId, request: &RequestId) -> Result<Option<Job>, StoreError> {
+        let [jobs, ..] = keys::queue(model);
+        let payload: Option<Vec<u8>> = self.store.query(redis::cmd("HGET").arg(jobs).arg(request.as_str())).await?;
+        let damaged = |error: postcard::Error| StoreError::Damaged(format!("job {request}: {error}"));
+        payload.map(|payload| decode(&payload).map_err(damaged)).transpose()
+    }
+
+    /// Asks the edge at `node`, which has the client of `request`, to cancel it.
+    pub async fn ask_to_cancel(&self, node: &NodeId, request: &RequestId) -> Result<(), StoreError> {
+        let (list, channel) = (keys::cancellations(node), keys::cancellation_channel(node));
+        let mut commands = redis::pipe();
+        commands.cmd("RPUSH").arg(&list).arg(request.as_str());
+        // An edge that is gone reads nothing any more.
+        commands.cmd("PEXPIRE").arg(&list).arg(CANCELLATION_MS_MAX);
+        commands.cmd("PUBLISH").arg(&channel).arg("");
+        self.store.query_all(&commands).await.map(drop)
+    }
+
+    /// What other edges asked this one to cancel.
+    pub async fn cancellations(&self, node: &NodeId) -> Result<Vec<RequestId>, StoreError> {
+        let mut pop = redis::cmd("LPOP");
+        let requests: Option<Vec<String>> =
+            self.store.query(pop.arg(keys::cancellations(node)).arg(CANCELLATIONS_AT_ONCE)).await?;
+        Ok(requests.unwrap_or_default().into_iter().map(RequestId::from).collect())
+    }
+
+    /// Told whenever there is one.
+    pub fn cancellation_notices(&self, node: &NodeId) -> Subscription {
+        self.store.subscribe(keys::cancellation_channel(node))
     }
 
     /// Requests that wait for `model`.

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 
 use crate::{
-    domain::{EventBody, FailureCode, NodeId, ReplyTo, RequestId, TokenEvent},
+    domain::{EventBody, FailureCode, FinishReason, NodeId, ReplyTo, RequestId, TokenEvent, Usage},
     telemetry::Metrics,
 };
 
@@ -42,6 +42,8 @@ struct Entry {
     ending: Ending,
     worker: Option<WorkerLink>,
     seq_next: u32,
+    /// Its client wants no more of it, but waits for the end.
+    is_cancelled: bool,
 }
 
 /// The last event travels beside the bounded buffer, so that there is always room for it.
@@ -69,7 +71,7 @@ impl ReplyHub {
     pub fn open(&self, request: &RequestId) -> ReplyStream {
         let (sender, events) = mpsc::channel(self.inner.buffer_events);
         let ending = Ending::default();
-        let entry = Entry { events: sender, ending: Arc::clone(&ending), worker: None, seq_next: 0 };
+        let entry = Entry { events: sender, ending: Arc::clone(&ending), worker: None, seq_next: 0, is_cancelled: false };
         self.inner.streams.lock().insert(request.clone(), entry);
         ReplyStream { request: request.clone(), events, ending, hub: Arc::downgrade(&self.inner), ended: false }
     }
@@ -88,6 +90,9 @@ impl ReplyHub {
                 }
                 continue;
             };
+            if entry.is_cancelled && event.body == EventBody::Accepted {
+                unwanted.push(event.request.clone());
+            }
             match entry.take(event, from) {
                 Taken::Kept => {}
                 Taken::Last(event) => end(&mut streams, event),
@@ -105,6 +110,26 @@ impl ReplyHub {
             }
         }
         unwanted
+    }
+
+    /// Has the worker of a request stop; the stream goes on to its end. `false`: there is no such stream.
+    pub fn cancel(&self, request: &RequestId) -> bool {
+        let mut streams = self.inner.streams.lock();
+        let Some(entry) = streams.get_mut(request) else { return false };
+        // A worker that is not known yet will be told when its `Accepted` arrives.
+        entry.is_cancelled = true;
+        if let Some(worker) = &entry.worker {
+            worker.cancel(request);
+        }
+        true
+    }
+
+    /// Ends the stream of a request that was cancelled before any worker took it.
+    pub fn withdrawn(&self, request: &RequestId) {
+        let mut streams = self.inner.streams.lock();
+        let seq = streams.get(request).map_or(0, |entry| entry.seq_next);
+        let body = EventBody::Finished { reason: FinishReason::Cancelled, usage: Usage::default() };
+        end(&mut streams, TokenEvent { request: request.clone(), seq, body });
     }
 
     /// The connection to a worker is gone: every stream that it served fails.
@@ -312,7 +337,7 @@ mod tests {
     }
 
     fn delta(request: &RequestId, seq: u32) -> TokenEvent {
-        event(request, seq, EventBody::Delta { text: seq.to_string(), tokens: 1 })
+        event(request, seq, EventBody::text(seq.to_string(), 1))
     }
 
     fn finished(request: &RequestId, seq: u32) -> TokenEvent {

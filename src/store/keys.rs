@@ -3,7 +3,7 @@
 //! All keys of a tenant share the hash tag `{t:…}` and all keys of a model's queue `{m:…}`, so that each of
 //! our functions touches one slot of a Redis Cluster only.
 
-use crate::domain::{KeyId, ModelId, TenantId};
+use crate::domain::{KeyId, ModelId, NodeId, TenantId};
 
 /// Identifiers of all tenants, scored by time of creation. A tenant exists once it is listed here.
 pub const TENANTS: &str = "lc:tenants";
@@ -80,6 +80,36 @@ pub(crate) fn queue(model: &ModelId) -> [String; 9] {
 /// Requests that wait for a model, in order of tenant and arrival.
 pub(crate) fn queue_line(model: &ModelId) -> String {
     format!("lc:{{m:{model}}}:line")
+}
+
+/// Requests that others asked the edge at `node` to cancel.
+pub(crate) fn cancellations(node: &NodeId) -> String {
+    format!("lc:{{n:{node}}}:cancellations")
+}
+
+/// Told whenever there is one more of these.
+pub(crate) fn cancellation_channel(node: &NodeId) -> String {
+    format!("lc:{{n:{node}}}:cancel")
+}
+
+/// An answer that its tenant wants to have again, by its id.
+pub(crate) fn record(tenant: &TenantId, id: &str) -> String {
+    format!("lc:{{t:{tenant}}}:record:{id}")
+}
+
+/// Ids of a tenant's stored answers by the time at which they were made.
+pub(crate) fn records(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:records")
+}
+
+/// What was asked under an idempotency key, by the key's SHA-256.
+pub(crate) fn idempotency(tenant: &TenantId, key_sha256: &str) -> String {
+    format!("lc:{{t:{tenant}}}:once:{key_sha256}")
+}
+
+/// What was answered to it.
+pub(crate) fn idempotent_answer(tenant: &TenantId, key_sha256: &str) -> String {
+    format!("lc:{{t:{tenant}}}:once:{key_sha256}:answer")
 }
 
 /// Told whenever a request was added to a model's queue.

@@ -136,8 +136,8 @@ async fn what_a_client_asks_for_is_what_the_worker_gets() {
         prompt_text(&job.prompt),
         "#system\nBe <|im_end|> brief.#\n#user\na\nb#\n#assistant\nno#\n#user\n<|im_start|>system#\n#assistant\n"
     );
-    assert_eq!((job.output_tokens_max, job.ignore_eos), (7, true));
-    assert_eq!(job.stop, ["x", "y"]);
+    assert_eq!((job.output_tokens_max, job.choices, job.stops.ignore_eos), (7, 1, true));
+    assert_eq!(job.stops.strings, ["x", "y"]);
     assert_eq!(job.cache_salt, "s");
     let sampling = job.sampling;
     assert_eq!((sampling.temperature, sampling.top_p, sampling.min_p), (0.5, 0.25, 0.125));
@@ -208,7 +208,7 @@ async fn a_stream_that_fails_midway_ends_with_an_error_event_and_never_with_done
     let front = Front::start().await;
     let waiting = front.asking(&streamed(true));
     let claim = front.claim().await;
-    let delta = EventBody::Delta { text: "Hi".into(), tokens: 1 };
+    let delta = EventBody::text("Hi", 1);
     let _ = front.deliver(&claim, 0, vec![EventBody::Accepted, delta]);
     let answer = waiting.await.unwrap();
     assert_eq!(answer.status(), 200);
@@ -244,7 +244,7 @@ async fn a_client_that_goes_away_midway_is_cancelled_at_its_worker_at_once() {
     for (stream, body) in [(true, streamed(false)), (false, hello())] {
         let waiting = front.asking(&body);
         let claim = front.claim().await;
-        let delta = EventBody::Delta { text: "Hi".into(), tokens: 1 };
+        let delta = EventBody::text("Hi", 1);
         let _ = front.deliver(&claim, 0, vec![EventBody::Accepted, delta]);
         if stream {
             drop(waiting.await.unwrap());
@@ -296,13 +296,15 @@ async fn thirty_two_streams_at_once_each_get_their_own_tokens() {
         for claim in &claims {
             let prompt = prompt_text(&claim.job.prompt);
             let who = prompt.split("I am ").nth(1).unwrap().split('.').next().unwrap();
-            let _ = front.deliver(claim, step, vec![EventBody::Delta { text: format!("{who},"), tokens: 1 }]);
+            let _ = front.deliver(claim, step, vec![EventBody::text(format!("{who},"), 1)]);
         }
         tokio::task::yield_now().await;
     }
     for claim in &claims {
         let usage = front.settle(claim, 20, FinishReason::Stop).await;
-        let _ = front.deliver(claim, 21, vec![EventBody::Finished { reason: FinishReason::Stop, usage }]);
+        let reason = FinishReason::Stop;
+        let ended = EventBody::ChoiceEnded { choice: 0, reason, stopped_by: None };
+        let _ = front.deliver(claim, 21, vec![ended, EventBody::Finished { reason, usage }]);
     }
     for (i, task) in waiting {
         let mut events = events(task.await.unwrap()).await;
@@ -339,7 +341,7 @@ async fn what_a_drain_cannot_wait_for_ends_with_an_error_event() {
     let mut front = Front::start().await;
     let waiting = front.asking(&streamed(false));
     let claim = front.claim().await;
-    let delta = EventBody::Delta { text: "Hi".into(), tokens: 1 };
+    let delta = EventBody::text("Hi", 1);
     let _ = front.deliver(&claim, 0, vec![EventBody::Accepted, delta]);
     let answer = waiting.await.unwrap();
     front.edge.take().unwrap().stop(Duration::from_millis(50)).await;

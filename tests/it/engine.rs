@@ -59,7 +59,7 @@ fn sequences_preempted_for_want_of_blocks_end_with_the_same_text() {
         (0..4)
             .map(|i| {
                 let mut r = request(&i.to_string(), &TEXT[i * 100..i * 100 + 800], 200);
-                r.ignore_eos = true;
+                r.stops.ignore_eos = true;
                 r.output_tokens_max = 200;
                 r
             })
@@ -85,8 +85,8 @@ fn stop_strings_lengths_and_seeds_hold() {
     let length = request("length", QUESTIONS[1], 5);
     let sampled = |id: &str, seed| {
         let mut r = request(id, QUESTIONS[1], 24);
-        r.sampling = SamplingParams { temperature: 1.0, top_p: 0.95, top_k: 50, min_p: 0.01, seed };
-        r.ignore_eos = true;
+        r.sampling = SamplingParams { top_p: 0.95, top_k: 50, min_p: 0.01, seed, ..SamplingParams::default() };
+        r.stops.ignore_eos = true;
         r
     };
     let all = vec![stop, length, sampled("s1", 1), sampled("s1 again", 1), sampled("s2", 2)];
@@ -103,13 +103,13 @@ fn stop_strings_lengths_and_seeds_hold() {
 fn a_cancelled_request_ends_within_a_step_and_gives_its_blocks_back() {
     let mut served = Served::spawn(spec(2, 64, 64));
     let mut endless = request("endless", QUESTIONS[2], 900);
-    endless.ignore_eos = true;
+    endless.stops.ignore_eos = true;
     served.handle.submit(endless).unwrap();
     let mut steps_after_cancel = 0;
     let mut cancelled = false;
     loop {
         let EngineMessage::Step(events) = served.events.blocking_recv().unwrap() else { panic!("died") };
-        if let Some(EngineEventBody::Finished { reason, usage }) = events.into_iter().map(|e| e.body).next_back() {
+        if let Some(EngineEventBody::Finished { reason, usage, .. }) = events.into_iter().map(|e| e.body).next_back() {
             assert_eq!(reason, FinishReason::Cancelled);
             assert!(usage.completion_tokens > 0 && usage.completion_tokens < 100);
             break;

@@ -25,7 +25,7 @@ fn requests() -> Vec<EngineRequest> {
             };
             let much = if i % 4 == 0 { 12 } else { 0 };
             let mut request = request(&i.to_string(), &text, 4 + i as u32 % 5 + much);
-            request.ignore_eos = i % 3 > 0;
+            request.stops.ignore_eos = i % 3 > 0;
             if i % 2 == 1 {
                 request.sampling.temperature = 0.4 + (i % 7) as f32 * 0.1;
                 request.sampling.top_p = if i % 3 == 0 { 0.9 } else { 1.0 };
@@ -33,7 +33,7 @@ fn requests() -> Vec<EngineRequest> {
                 request.sampling.seed = i as u64;
             }
             if i % 5 == 0 {
-                request.stop = vec!["e".into(), "\n".into()];
+                request.stops.strings = vec!["e".into(), "\n".into()];
             }
             request.priority = [Priority::Low, Priority::Normal, Priority::High][i % 3];
             request

@@ -13,6 +13,7 @@ mod gemma;
 mod genai;
 mod genai_hostile;
 mod gguf_hostile;
+mod grammar;
 mod models;
 mod store_accounts;
 mod store_money;

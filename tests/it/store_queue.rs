@@ -7,7 +7,10 @@ use std::{
 };
 
 use lightcone::{
-    domain::{Claim, Job, ModelId, NanoUsd, NodeId, Price, Priority, ReplyTo, RequestId, SamplingParams},
+    domain::{
+        Claim, GrammarSource, Job, ModelId, NanoUsd, NodeId, Price, Priority, ReplyTo, RequestId, SamplingParams, Stops,
+        Telling,
+    },
     queue::{PublishError, Queue, QueueLimits},
 };
 
@@ -27,9 +30,18 @@ fn job(tenant: &str, prompt_tokens: usize) -> Job {
         model: model(),
         prompt: (0..prompt_tokens as u32).collect(),
         output_tokens_max: 16,
-        sampling: SamplingParams { temperature: 0.7, top_p: 0.9, top_k: 40, min_p: 0.0, seed: u64::MAX },
-        stop: vec!["\n\n".to_owned(), "\0".to_owned()],
-        ignore_eos: false,
+        sampling: SamplingParams {
+            temperature: 0.7,
+            top_p: 0.9,
+            top_k: 40,
+            seed: u64::MAX,
+            logit_bias: vec![(5, -1.5)],
+            ..SamplingParams::default()
+        },
+        choices: 2,
+        stops: Stops { strings: vec!["\n\n".to_owned(), "\0".to_owned()], tokens: vec![7], ..Stops::default() },
+        telling: Telling { logprobs: Some(3), ..Telling::default() },
+        grammar: Some(GrammarSource("{}".to_owned())),
         cache_salt: "salt".to_owned(),
         priority: Priority::default(),
         price: Price { input: NanoUsd::new(200), output: NanoUsd::new(300) },

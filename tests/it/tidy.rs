@@ -10,24 +10,26 @@ use std::{
 const FILE_LINES_MAX: usize = 700;
 
 /// Which rooms a room may name, besides itself. Arrows point down the house: main, cli, node,
-/// {edge, cluster, operator}, {prompt, admission, queue, engine, ledger}, {store, telemetry, model}, domain.
+/// {edge, cluster, operator}, {prompt, admission, queue, engine, ledger}, grammar, {store, telemetry, model}, domain.
 /// The edge and the engine never meet. `config` is read above the third floor only; what lies below is
 /// given plain values.
-const ARROWS: [(&str, &str); 19] = [
+const ARROWS: [(&str, &str); 21] = [
     ("lib", ""),
     ("main", "cli"),
     (
         "cli",
-        "node config catalog edge cluster operator prompt admission queue engine ledger store telemetry model domain",
+        "node config catalog edge cluster operator prompt admission queue engine grammar ledger store telemetry model domain",
     ),
-    ("node", "config edge cluster operator prompt admission queue engine ledger store telemetry model domain"),
-    ("edge", "config prompt admission queue ledger store telemetry domain"),
-    ("cluster", "config prompt queue engine ledger store telemetry model domain"),
+    ("node", "config edge cluster operator prompt admission queue records engine grammar ledger store telemetry model domain"),
+    ("edge", "config prompt admission queue records ledger store telemetry model domain"),
+    ("cluster", "config prompt queue engine grammar ledger store telemetry model domain"),
     ("operator", "config admission queue ledger store telemetry domain"),
-    ("prompt", "model telemetry domain"),
+    ("prompt", "grammar model telemetry domain"),
     ("admission", "store telemetry domain"),
     ("queue", "store telemetry domain"),
-    ("engine", "model telemetry domain"),
+    ("records", "store domain"),
+    ("engine", "grammar model telemetry domain"),
+    ("grammar", "model domain"),
     ("ledger", "store telemetry domain"),
     ("store", "child telemetry domain"),
     ("telemetry", "domain"),

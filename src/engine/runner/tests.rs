@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    domain::{Priority, SamplingParams, Usage},
+    domain::{FinishReason, Priority, RequestId, SamplingParams, Stops, Telling, Usage},
     engine::text::{Progress, TextAssembler},
 };
 
@@ -123,12 +123,14 @@ fn runner(settings: Settings) -> (Runner, Rc<RefCell<Record>>) {
 
 fn request(id: &str, prompt: &[u32], output_tokens_max: u32) -> EngineRequest {
     EngineRequest {
+        choice: 0,
         request: id.into(),
         prompt: prompt.to_vec(),
         output_tokens_max,
-        sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 1 },
-        stop: vec![],
-        ignore_eos: true,
+        sampling: SamplingParams { temperature: 0.0, seed: 1, ..SamplingParams::default() },
+        stops: Stops { ignore_eos: true, ..Stops::default() },
+        telling: Telling::default(),
+        constraint: None,
         priority: Priority::Normal,
         lane: "lane".into(),
         cache_salt: vec![],
@@ -144,18 +146,22 @@ fn prompt(seed: u64, count: usize) -> Vec<u32> {
 fn expected(request: &EngineRequest) -> (String, FinishReason, u32) {
     let vocabulary = vocabulary();
     let (mut tokens, mut said) = (request.prompt.clone(), String::new());
-    let mut text = TextAssembler::new(request.stop.clone());
+    let mut text = TextAssembler::new(request.stops.strings.clone(), request.stops.are_shown);
     let mut scratch = sampler::Scratch::default();
     loop {
-        let token = sampler::sample(&opinion(&tokens), &request.sampling, tokens.len(), &mut scratch);
+        let token = sampler::sample(&wished(request, &tokens), &request.sampling, tokens.len(), &mut scratch);
         tokens.push(token);
         let decoded = (tokens.len() - request.prompt.len()) as u32;
-        if token == 0 && !request.ignore_eos {
+        let is_stop = request.stops.tokens.contains(&token);
+        if token == 0 && !request.stops.ignore_eos || is_stop && !request.stops.are_shown {
             return (said + &text.finish(), FinishReason::Stop, decoded);
         }
-        match text.push(vocabulary.bytes(token)) {
-            Progress::Stopped(last) => return (said + &last, FinishReason::Stop, decoded),
+        match text.push(vocabulary.bytes(token), decoded > request.sampling.min_tokens) {
+            Progress::Stopped { text, .. } => return (said + &text, FinishReason::Stop, decoded),
             Progress::Text(more) => said += &more,
+        }
+        if is_stop {
+            return (said + &text.finish(), FinishReason::Stop, decoded);
         }
         if decoded == request.output_tokens_max {
             return (said + &text.finish(), FinishReason::Length, decoded);
@@ -163,9 +169,47 @@ fn expected(request: &EngineRequest) -> (String, FinishReason, u32) {
     }
 }
 
+/// The model's opinion, as the request has it changed.
+fn wished(request: &EngineRequest, tokens: &[u32]) -> Vec<f32> {
+    let (wishes, answer) = (&request.sampling, &tokens[request.prompt.len()..]);
+    let mut liked = opinion(tokens);
+    for (token, logit) in (0u32..).zip(&mut liked) {
+        let count = answer.iter().filter(|other| **other == token).count() as f32;
+        if wishes.repetition_penalty != 1.0 && tokens.contains(&token) {
+            let penalty = wishes.repetition_penalty;
+            *logit *= if *logit > 0.0 { 1.0 / penalty } else { penalty };
+        }
+        if count > 0.0 {
+            *logit -= wishes.frequency_penalty * count + wishes.presence_penalty;
+        }
+        *logit += wishes.logit_bias.iter().find(|(other, _)| *other == token).map_or(0.0, |(_, bias)| *bias);
+    }
+    let mut left = liked.clone();
+    for (token, logit) in (0u32..).zip(&mut left) {
+        let ends = token == 0 && !request.stops.ignore_eos || request.stops.tokens.contains(&token);
+        let is_early = ends && answer.len() < wishes.min_tokens as usize;
+        let is_bad = wishes.bad_words.iter().any(|word| {
+            word.last() == Some(&token) && answer.ends_with(&word[..word.len() - 1])
+        });
+        if is_early || is_bad || wishes.allowed_tokens.as_ref().is_some_and(|allowed| !allowed.contains(&token)) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
+    if left.iter().any(|logit| *logit > f32::NEG_INFINITY) { left } else { liked }
+}
+
+/// The logprob of `token` behind `tokens`, in double precision.
+fn logprob(tokens: &[u32], token: u32) -> f64 {
+    let logits = opinion(tokens);
+    let total: f64 = logits.iter().map(|x| f64::from(*x).exp()).sum();
+    f64::from(logits[token as usize]) - total.ln()
+}
+
 #[derive(Default)]
 struct Heard {
     texts: BTreeMap<String, String>,
+    details: BTreeMap<String, Vec<TokenDetail>>,
+    prompts: BTreeMap<String, Vec<TokenDetail>>,
     ended: BTreeMap<String, Result<(FinishReason, Usage), String>>,
 }
 
@@ -175,8 +219,12 @@ impl Heard {
             let id = event.request.to_string();
             assert!(!self.ended.contains_key(&id), "{id} speaks after its end");
             match event.body {
-                EngineEventBody::Delta { text, .. } => *self.texts.entry(id).or_default() += &text,
-                EngineEventBody::Finished { reason, usage } => drop(self.ended.insert(id, Ok((reason, usage)))),
+                EngineEventBody::Prompt { tokens } => self.prompts.entry(id).or_default().extend(tokens),
+                EngineEventBody::Delta { text, details, .. } => {
+                    *self.texts.entry(id.clone()).or_default() += &text;
+                    self.details.entry(id).or_default().extend(details);
+                }
+                EngineEventBody::Finished { reason, usage, .. } => drop(self.ended.insert(id, Ok((reason, usage)))),
                 EngineEventBody::Failed { message } => drop(self.ended.insert(id, Err(message))),
             }
         }
@@ -198,6 +246,28 @@ impl Heard {
         assert_eq!((said, *got, usage.completion_tokens), (text.as_str(), reason, tokens), "{id}");
         assert_eq!(usage.prompt_tokens as usize, request.prompt.len());
         assert!(usage.cached_tokens < usage.prompt_tokens && usage.cached_tokens.is_multiple_of(BLOCK as u32));
+        self.check_details(request, usage.completion_tokens as usize);
+    }
+
+    fn check_details(&self, request: &EngineRequest, decoded: usize) {
+        let id = request.request.as_str();
+        let told = self.details.get(id).map_or(&[][..], Vec::as_slice);
+        assert_eq!(told.len(), if request.telling.tells_tokens() { decoded } else { 0 }, "{id}");
+        let mut tokens = request.prompt.clone();
+        for detail in told {
+            if let Some(top) = request.telling.logprobs {
+                assert!((f64::from(detail.logprob) - logprob(&tokens, detail.token)).abs() < 1e-4, "{id}");
+                assert_eq!(detail.top.len(), top as usize);
+            }
+            tokens.push(detail.token);
+        }
+        let prompt = self.prompts.get(id).map_or(&[][..], Vec::as_slice);
+        let wanted = request.telling.prompt_logprobs.map_or(0, |_| request.prompt.len() - 1);
+        assert_eq!(prompt.len(), wanted, "{id}");
+        for (detail, at) in prompt.iter().zip(1..) {
+            assert_eq!(detail.token, request.prompt[at]);
+            assert!((f64::from(detail.logprob) - logprob(&request.prompt[..at], detail.token)).abs() < 1e-4);
+        }
     }
 }
 
@@ -368,27 +438,101 @@ fn an_answer_ends_inside_right_guesses_exactly_where_it_would_have_without() {
                 // A stop string out of the middle of the answer.
                 let text = expected(&request).0;
                 let chars: Vec<char> = text.chars().collect();
-                request.stop = vec![chars[chars.len() / 2..][..4].iter().collect()];
+                request.stops.strings = vec![chars[chars.len() / 2..][..4].iter().collect()];
             }
-            _ => request.ignore_eos = false,
+            _ => request.stops.ignore_eos = false,
         }
         let (mut runner, _) = runner(Settings { speculation: Speculation::Always, ..settings(80) });
         served(&mut runner, &[request]);
     }
 }
 
+#[test]
+fn the_choices_of_a_request_are_answers_of_their_own_and_go_together() {
+    let (mut runner, _) = runner(settings(60));
+    let choices: Vec<EngineRequest> = (0..3u32)
+        .map(|choice| {
+            let mut request = EngineRequest { choice, ..request("r", &prompt(4, 9), 12) };
+            (request.sampling.temperature, request.sampling.seed) = (1.0, choice.into());
+            request
+        })
+        .collect();
+    submit(&mut runner, &choices);
+    let mut texts = BTreeMap::<u32, String>::new();
+    let mut ended = 0;
+    while !runner.is_idle() {
+        runner.step().unwrap();
+        for event in std::mem::take(&mut runner.events) {
+            match event.body {
+                EngineEventBody::Delta { text, .. } => *texts.entry(event.choice).or_default() += &text,
+                EngineEventBody::Finished { .. } => ended += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert_eq!(ended, 3);
+    for request in &choices {
+        assert_eq!(texts[&request.choice], expected(request).0);
+    }
+    submit(&mut runner, &choices);
+    runner.step().unwrap();
+    cancel(&mut runner, "r");
+    assert!(runner.is_idle());
+    let cancelled = |event: &&EngineEvent| {
+        matches!(event.body, EngineEventBody::Finished { reason: FinishReason::Cancelled, .. })
+    };
+    assert_eq!(runner.events.iter().filter(cancelled).count(), 3);
+}
+
 #[derive(Clone, Debug)]
 enum Act {
-    Submit { text: u8, prompt: usize, tail: u8, output: u32, temperature: f32, class: u8, lane: u8, eos: bool },
+    Submit { text: u8, prompt: usize, tail: u8, output: u32, temperature: f32, class: u8, lane: u8, eos: bool, wish: u32 },
     Cancel(usize),
     Step(usize),
 }
 
+/// Anything that a request may wish for, by the bits of `wish`; half of the requests wish for nothing.
+fn wish_for(request: &mut EngineRequest, wish: u32) {
+    let has = |bit: u32| wish & 1 == 1 && wish >> bit & 1 == 1;
+    let wishes = &mut request.sampling;
+    if has(1) {
+        wishes.frequency_penalty = 0.7;
+    }
+    if has(2) {
+        wishes.presence_penalty = -1.0;
+    }
+    if has(3) {
+        wishes.repetition_penalty = 1.5;
+    }
+    if has(4) {
+        wishes.logit_bias = vec![(3, 2.0), (5, -100.0)];
+    }
+    if has(5) {
+        wishes.allowed_tokens = Some(vec![0, 2, 4, 6, 8]);
+    }
+    if has(6) {
+        wishes.bad_words = vec![vec![2], vec![4, 6]];
+    }
+    if has(7) {
+        wishes.min_tokens = 5;
+    }
+    if has(8) {
+        request.stops.tokens = vec![7, 8];
+    }
+    if has(9) {
+        request.stops.strings = vec!["b d".into(), "f".into()];
+    }
+    request.stops.are_shown = has(10);
+    request.telling.logprobs = has(11).then_some(wish >> 20 & 3);
+    request.telling.token_ids = has(12);
+    request.telling.prompt_logprobs = has(13).then_some(2);
+}
+
 fn acts() -> impl Strategy<Value = Vec<Act>> {
-    let submit = (0u8..3, 1usize..40, 0u8..3, 1u32..30, 0u8..3, 0u8..3, 0u8..2, any::<bool>()).prop_map(
-        |(text, prompt, tail, output, temperature, class, lane, eos)| {
+    let submit = (0u8..3, 1usize..40, 0u8..3, 1u32..30, 0u8..3, (0u8..3, 0u8..2), any::<bool>(), any::<u32>()).prop_map(
+        |(text, prompt, tail, output, temperature, (class, lane), eos, wish)| {
             let temperature = f32::from(temperature) * 0.5;
-            Act::Submit { text, prompt, tail, output, temperature, class, lane, eos }
+            Act::Submit { text, prompt, tail, output, temperature, class, lane, eos, wish }
         },
     );
     let act = prop_oneof![4 => submit, 1 => (0usize..20).prop_map(Act::Cancel), 4 => (1usize..12).prop_map(Act::Step)];
@@ -414,14 +558,15 @@ proptest! {
         let mut requests = Vec::new();
         for act in acts {
             match act {
-                Act::Submit { text, prompt: tokens, tail, output, temperature, class, lane, eos } => {
+                Act::Submit { text, prompt: tokens, tail, output, temperature, class, lane, eos, wish } => {
                     let tokens = [prompt(text.into(), tokens), prompt(50 + u64::from(tail), usize::from(tail))].concat();
                     let mut request = request(&requests.len().to_string(), &tokens, output);
                     request.sampling.temperature = temperature;
                     request.sampling.seed = requests.len() as u64;
                     request.priority = [Priority::Low, Priority::Normal, Priority::High][usize::from(class)];
                     request.lane = format!("lane {lane}").into();
-                    request.ignore_eos = !eos;
+                    request.stops.ignore_eos = !eos;
+                    wish_for(&mut request, wish);
                     submit(&mut runner, std::slice::from_ref(&request));
                     requests.push(request);
                 }

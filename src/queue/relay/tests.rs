@@ -95,7 +95,7 @@ fn event(request: &RequestId, seq: u32, body: EventBody) -> TokenEvent {
 }
 
 fn delta(request: &RequestId, seq: u32, text: &str) -> TokenEvent {
-    event(request, seq, EventBody::Delta { text: text.into(), tokens: 1 })
+    event(request, seq, EventBody::text(text, 1))
 }
 
 async fn next(stream: &mut ReplyStream) -> TokenEvent {

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::{Pace, RelayError};
-use crate::domain::{EventBody, NodeId, RequestId, TokenEvent};
+use crate::domain::{EventBody, NodeId, RequestId, StoppedBy, TokenDetail, TokenEvent};
 
 /// No frame is larger; a peer that announces a larger one is cut.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
@@ -185,11 +185,16 @@ pub async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, Rel
 pub fn frame_length(events: &[TokenEvent]) -> usize {
     let mut bytes = 0;
     for (index, event) in events.iter().enumerate() {
-        let text = match &event.body {
-            EventBody::Delta { text, .. } | EventBody::Failed { message: text, .. } => text.len(),
-            EventBody::Accepted | EventBody::Finished { .. } => 0,
+        // A token and its logprob take at most so many bytes.
+        let told = |tokens: &[TokenDetail]| tokens.iter().map(|detail| 16 + 9 * detail.top.len()).sum::<usize>();
+        let told = match &event.body {
+            EventBody::Delta { text, details, .. } => text.len() + told(details),
+            EventBody::Prompt { tokens } => told(tokens),
+            EventBody::ChoiceEnded { stopped_by: Some(StoppedBy::Text(text)), .. }
+            | EventBody::Failed { message: text, .. } => text.len(),
+            EventBody::Accepted | EventBody::ChoiceEnded { .. } | EventBody::Finished { .. } => 0,
         };
-        bytes += event.request.as_str().len() + text + 32;
+        bytes += event.request.as_str().len() + told + 32;
         if bytes > FRAME_BYTES_FULL {
             return index.max(1);
         }

@@ -3,7 +3,7 @@
 use std::{collections::HashMap, sync::Arc};
 
 use lightcone::{
-    domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, Usage},
+    domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, Stops, Telling, Usage},
     engine::{self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec, Speculation},
     prompt::Tokenizer,
     telemetry::Metrics,
@@ -47,11 +47,13 @@ pub fn tokens(text: &str) -> Vec<u32> {
 pub fn request(id: &str, text: &str, output_tokens_max: u32) -> EngineRequest {
     EngineRequest {
         request: RequestId::from(id),
+        choice: 0,
         prompt: tokens(&format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")),
         output_tokens_max,
-        sampling: SamplingParams { temperature: 0.0, top_p: 1.0, top_k: 0, min_p: 0.0, seed: 0 },
-        stop: vec![],
-        ignore_eos: false,
+        sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
+        stops: Stops::default(),
+        telling: Telling::default(),
+        constraint: None,
         priority: Priority::Normal,
         lane: "tenant".into(),
         cache_salt: vec![],
@@ -85,12 +87,13 @@ impl Served {
             for event in events {
                 let id = event.request.to_string();
                 match event.body {
-                    EngineEventBody::Delta { text, tokens } => {
+                    EngineEventBody::Prompt { .. } => {}
+                    EngineEventBody::Delta { text, tokens, .. } => {
                         let entry = texts.entry(id).or_default();
                         entry.0 += &text;
                         entry.1 += tokens;
                     }
-                    EngineEventBody::Finished { reason, usage } => {
+                    EngineEventBody::Finished { reason, usage, .. } => {
                         let (text, counted) = texts.remove(&id).unwrap_or_default();
                         assert!(counted <= usage.completion_tokens);
                         answers.insert(id, (text, reason, usage));

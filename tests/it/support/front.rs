@@ -9,9 +9,12 @@ use lightcone::{
         Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceBook, RequestId, TokenEvent, Usage,
     },
     edge::{self, EdgeHandle, EdgeSpec, ServedModel},
+    grammar::Grammars,
     ledger::{Ledger, ReleaseReason, Settlement},
+    model::Vocabulary,
     prompt::{Encoder, PromptError, PromptModel, Template},
     queue::{Queue, QueueLimits, ReplyHub, WorkerLink, reply::Cancellations},
+    records::{Records, Retention},
     telemetry::Metrics,
 };
 use reqwest::{RequestBuilder, Response};
@@ -62,6 +65,10 @@ pub fn settings() -> config::Edge {
         prompt_threads: 1,
         prompt_queue_max: 16,
         messages_max: 8,
+        choices_max: 4,
+        cors_origins: vec!["*".into()],
+        record_hours: 1,
+        idempotency_hours: 1,
         stream_buffer_events: 256,
         keep_alive_ms: 10_000,
         request_ms_max: 60_000,
@@ -89,7 +96,13 @@ impl Front {
         let hub = ReplyHub::new(NodeId::generate(), settings.stream_buffer_events, None, metrics.clone());
         let control = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"].map(str::to_owned).to_vec();
         let template = Template::compile(TEMPLATE, "<|im_start|>", "<|im_end|>", control).expect("a template");
-        let prompt = PromptModel { template, encoder: Arc::new(Bytes), context_tokens_max: CONTEXT as usize };
+        let texts = (0..=1000u32).map(|token| match u8::try_from(token) {
+            Ok(byte) => char::from(byte).to_string(),
+            Err(_) => format!("token {token}"),
+        });
+        let grammars = Arc::new(Grammars::new(Arc::new(Vocabulary::of_text(texts.collect(), vec![1000]))));
+        let context_tokens_max = CONTEXT as usize;
+        let prompt = PromptModel { template, encoder: Arc::new(Bytes), grammars, context_tokens_max };
         let price = Price { input: NanoUsd::new(200), output: NanoUsd::new(300) };
         let served = ServedModel {
             description: "for tests".into(),
@@ -110,6 +123,7 @@ impl Front {
             admission: house.admission.clone(),
             ledger: Ledger::new(house.store.clone(), hold_lease),
             queue: queue.clone(),
+            records: Records::new(house.store.clone(), Retention::default(), hold_lease),
             hub: hub.clone(),
             metrics: metrics.clone(),
             readiness: Arc::new(move || {
@@ -195,12 +209,13 @@ impl Front {
 
     /// Answers with one token for each of `texts`.
     pub async fn answer(&self, claim: &Claim, texts: &[&str], reason: FinishReason) -> Usage {
-        let delta = |text: &&str| EventBody::Delta { text: (*text).to_owned(), tokens: 1 };
+        let delta = |text: &&str| EventBody::text(*text, 1);
         let bodies: Vec<_> = std::iter::once(EventBody::Accepted).chain(texts.iter().map(delta)).collect();
         let tokens = u32::try_from(texts.len()).expect("few");
         let _ = self.deliver(claim, 0, bodies);
         let usage = self.settle(claim, tokens, reason).await;
-        let _ = self.deliver(claim, tokens + 1, vec![EventBody::Finished { reason, usage }]);
+        let ended = EventBody::ChoiceEnded { choice: 0, reason, stopped_by: None };
+        let _ = self.deliver(claim, tokens + 1, vec![ended, EventBody::Finished { reason, usage }]);
         usage
     }
 

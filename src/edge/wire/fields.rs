@@ -5,19 +5,18 @@
 
 use serde_json::{Map, Value};
 
-use super::{error::ApiError, json};
+use super::read::wrong_type;
+use crate::edge::error::ApiError;
 
 /// What becomes of a field that was given.
 #[derive(Clone, Copy)]
 pub enum Disposition {
     /// Read by the request parser.
     Works,
+    /// The same, when its shape is right.
+    Checked(Shape),
     /// Type-checked and named in `x-lightcone-ignored`.
     Ignored(Shape),
-    /// Without effect on what we do, whatever its value: type-checked, and nothing to tell.
-    Moot(Shape),
-    /// Part of the contract and not built: only a value that asks for nothing is accepted.
-    NotYet(Neutral),
     /// Not part of the contract.
     Refused(Neutral),
 }
@@ -39,46 +38,44 @@ pub enum Neutral {
     /// None but `null`.
     Never,
     Boolean(bool),
-    Number(f64),
     /// An empty array or object.
     Empty,
-    Words(&'static [&'static str]),
-    /// An object whose `type` is this.
-    Type(&'static str),
     /// An array of nothing but this.
     Only(&'static str),
 }
 
-use Disposition::{Ignored, Moot, NotYet, Refused, Works};
+use Disposition::{Checked, Ignored, Refused, Works};
 
-/// In the order of the wire contract.
-const TABLE: &[(&str, Disposition)] = &[
+/// Names of fields, and what becomes of them.
+pub type Table = &'static [(&'static str, Disposition)];
+
+/// Of a chat completion, in the order of the wire contract.
+pub const CHAT: Table = &[
     ("model", Works),
     ("messages", Works),
-    ("function_call", NotYet(Neutral::Never)),
-    ("functions", NotYet(Neutral::Empty)),
+    ("function_call", Works),
+    ("functions", Works),
     ("max_completion_tokens", Works),
     ("max_tokens", Works),
     ("temperature", Works),
     ("top_p", Works),
-    ("n", NotYet(Neutral::Number(1.0))),
+    ("n", Works),
     ("seed", Works),
-    ("frequency_penalty", NotYet(Neutral::Number(0.0))),
-    ("presence_penalty", NotYet(Neutral::Number(0.0))),
+    ("frequency_penalty", Works),
+    ("presence_penalty", Works),
     ("stop", Works),
-    ("logit_bias", NotYet(Neutral::Empty)),
-    ("logprobs", NotYet(Neutral::Boolean(false))),
-    ("top_logprobs", NotYet(Neutral::Number(0.0))),
+    ("logit_bias", Works),
+    ("logprobs", Works),
+    ("top_logprobs", Works),
     ("stream", Works),
     ("stream_options", Works),
-    ("tools", NotYet(Neutral::Empty)),
-    ("tool_choice", NotYet(Neutral::Never)),
-    // Nobody can call a tool, so no two are called at once.
-    ("parallel_tool_calls", Moot(Shape::Boolean)),
-    ("response_format", NotYet(Neutral::Type("text"))),
-    ("service_tier", NotYet(Neutral::Words(&["auto", "default"]))),
-    ("store", Ignored(Shape::Boolean)),
-    ("metadata", Ignored(Shape::Metadata)),
+    ("tools", Works),
+    ("tool_choice", Works),
+    ("parallel_tool_calls", Works),
+    ("response_format", Works),
+    ("service_tier", Works),
+    ("store", Works),
+    ("metadata", Checked(Shape::Metadata)),
     ("user", Ignored(Shape::String)),
     ("safety_identifier", Ignored(Shape::String)),
     ("prompt_cache_key", Ignored(Shape::String)),
@@ -94,27 +91,27 @@ const TABLE: &[(&str, Disposition)] = &[
     ("moderation", Refused(Neutral::Never)),
     ("top_k", Works),
     ("min_p", Works),
-    ("repetition_penalty", NotYet(Neutral::Number(1.0))),
-    ("min_tokens", NotYet(Neutral::Number(0.0))),
+    ("repetition_penalty", Works),
+    ("min_tokens", Works),
     ("ignore_eos", Works),
-    ("stop_token_ids", NotYet(Neutral::Empty)),
-    ("include_stop_str_in_output", NotYet(Neutral::Boolean(false))),
-    ("allowed_token_ids", NotYet(Neutral::Never)),
-    ("bad_words", NotYet(Neutral::Empty)),
-    ("return_token_ids", NotYet(Neutral::Boolean(false))),
-    ("return_tokens_as_token_ids", NotYet(Neutral::Boolean(false))),
-    ("prompt_logprobs", NotYet(Neutral::Never)),
-    ("truncate_prompt_tokens", NotYet(Neutral::Never)),
-    ("echo", NotYet(Neutral::Boolean(false))),
-    ("add_generation_prompt", NotYet(Neutral::Boolean(true))),
-    ("continue_final_message", NotYet(Neutral::Boolean(false))),
-    ("add_special_tokens", NotYet(Neutral::Boolean(false))),
-    ("skip_special_tokens", NotYet(Neutral::Boolean(true))),
-    ("documents", NotYet(Neutral::Empty)),
-    ("chat_template_kwargs", NotYet(Neutral::Empty)),
-    ("structured_outputs", NotYet(Neutral::Never)),
-    ("priority", NotYet(Neutral::Number(0.0))),
-    ("request_id", NotYet(Neutral::Never)),
+    ("stop_token_ids", Works),
+    ("include_stop_str_in_output", Works),
+    ("allowed_token_ids", Works),
+    ("bad_words", Works),
+    ("return_token_ids", Works),
+    ("return_tokens_as_token_ids", Works),
+    ("prompt_logprobs", Works),
+    ("truncate_prompt_tokens", Works),
+    ("echo", Works),
+    ("add_generation_prompt", Works),
+    ("continue_final_message", Works),
+    ("add_special_tokens", Works),
+    ("skip_special_tokens", Works),
+    ("documents", Works),
+    ("chat_template_kwargs", Works),
+    ("structured_outputs", Works),
+    ("priority", Works),
+    ("request_id", Works),
     ("cache_salt", Works),
     ("spaces_between_special_tokens", Ignored(Shape::Boolean)),
     ("length_penalty", Ignored(Shape::Number)),
@@ -126,38 +123,140 @@ const TABLE: &[(&str, Disposition)] = &[
     ("use_beam_search", Refused(Neutral::Boolean(false))),
 ];
 
+/// Of a completion of the older kind.
+pub const COMPLETIONS: Table = &[
+    ("model", Works),
+    ("prompt", Works),
+    ("best_of", Works),
+    ("echo", Works),
+    ("frequency_penalty", Works),
+    ("logit_bias", Works),
+    ("logprobs", Works),
+    ("max_tokens", Works),
+    ("n", Works),
+    ("presence_penalty", Works),
+    ("seed", Works),
+    ("stop", Works),
+    ("stream", Works),
+    ("stream_options", Works),
+    ("suffix", Refused(Neutral::Never)),
+    ("temperature", Works),
+    ("top_p", Works),
+    ("user", Ignored(Shape::String)),
+    ("service_tier", Works),
+    ("top_k", Works),
+    ("min_p", Works),
+    ("repetition_penalty", Works),
+    ("min_tokens", Works),
+    ("ignore_eos", Works),
+    ("stop_token_ids", Works),
+    ("include_stop_str_in_output", Works),
+    ("allowed_token_ids", Works),
+    ("bad_words", Works),
+    ("return_token_ids", Works),
+    ("return_tokens_as_token_ids", Works),
+    ("truncate_prompt_tokens", Works),
+    ("skip_special_tokens", Works),
+    ("response_format", Works),
+    ("structured_outputs", Works),
+    ("priority", Works),
+    ("request_id", Works),
+    ("cache_salt", Works),
+    ("spaces_between_special_tokens", Ignored(Shape::Boolean)),
+    ("length_penalty", Ignored(Shape::Number)),
+    ("logits_processors", Refused(Neutral::Empty)),
+    ("use_beam_search", Refused(Neutral::Boolean(false))),
+];
+
+/// Of a response.
+pub const RESPONSES: Table = &[
+    ("model", Works),
+    ("input", Works),
+    ("instructions", Works),
+    ("previous_response_id", Works),
+    ("max_output_tokens", Works),
+    ("temperature", Works),
+    ("top_p", Works),
+    ("tools", Works),
+    ("tool_choice", Works),
+    ("parallel_tool_calls", Works),
+    ("text", Works),
+    ("stream", Works),
+    ("stream_options", Works),
+    ("store", Works),
+    ("metadata", Checked(Shape::Metadata)),
+    ("top_logprobs", Works),
+    ("include", Works),
+    ("truncation", Works),
+    ("service_tier", Works),
+    ("max_tool_calls", Ignored(Shape::Number)),
+    ("reasoning", Ignored(Shape::Object)),
+    ("user", Ignored(Shape::String)),
+    ("safety_identifier", Ignored(Shape::String)),
+    ("prompt_cache_key", Ignored(Shape::String)),
+    ("prompt_cache_retention", Ignored(Shape::String)),
+    ("background", Refused(Neutral::Boolean(false))),
+    ("conversation", Refused(Neutral::Never)),
+    ("prompt", Refused(Neutral::Never)),
+    // Beyond OpenAI's, as for chat completions.
+    ("top_k", Works),
+    ("min_p", Works),
+    ("seed", Works),
+    ("frequency_penalty", Works),
+    ("presence_penalty", Works),
+    ("repetition_penalty", Works),
+    ("logit_bias", Works),
+    ("min_tokens", Works),
+    ("allowed_token_ids", Works),
+    ("bad_words", Works),
+    ("priority", Works),
+    ("cache_salt", Works),
+];
+
+/// Of a text that is to be tokenised.
+pub const TOKENIZE: Table = &[
+    ("model", Works),
+    ("prompt", Works),
+    ("messages", Works),
+    ("add_generation_prompt", Works),
+    ("continue_final_message", Works),
+    ("add_special_tokens", Works),
+    ("chat_template_kwargs", Works),
+    ("return_token_strs", Works),
+    ("chat_template", Refused(Neutral::Never)),
+];
+
+/// Of tokens that are to become text.
+pub const DETOKENIZE: Table = &[("model", Works), ("tokens", Works)];
+
 /// Checks every field that the parser does not read itself. Answers with the names of those ignored.
-pub fn check(request: &Map<String, Value>) -> Result<Vec<String>, ApiError> {
+pub fn check(request: &Map<String, Value>, table: Table) -> Result<Vec<String>, ApiError> {
     let mut ignored = Vec::new();
     for (name, value) in request.iter().filter(|(_, value)| !value.is_null()) {
-        let disposition = TABLE.iter().find(|(field, _)| field == name).map(|(_, disposition)| *disposition);
+        let disposition = table.iter().find(|(field, _)| field == name).map(|(_, disposition)| *disposition);
         match disposition {
             None => ignored.push(name.clone()),
             Some(Works) => {}
+            Some(Checked(shape)) => shape.check(name, value)?,
             Some(Ignored(shape)) => {
                 shape.check(name, value)?;
                 ignored.push(name.clone());
             }
-            Some(Moot(shape)) => shape.check(name, value)?,
-            Some(NotYet(neutral) | Refused(neutral)) if neutral.holds(value) => {}
-            Some(NotYet(neutral)) => return Err(unsupported(name, neutral, "is not supported yet")),
-            Some(Refused(neutral)) => return Err(unsupported(name, neutral, "is not supported")),
+            Some(Refused(neutral)) if neutral.holds(value) => {}
+            Some(Refused(neutral)) => return Err(unsupported(name, neutral)),
         }
     }
     Ok(ignored)
 }
 
-fn unsupported(name: &str, neutral: Neutral, what: &str) -> ApiError {
+fn unsupported(name: &str, neutral: Neutral) -> ApiError {
     let accepted = match neutral {
         Neutral::Never => "Leave it out.".to_owned(),
         Neutral::Boolean(value) => format!("Leave it out or send {value}."),
-        Neutral::Number(value) => format!("Leave it out or send {value}."),
         Neutral::Empty => "Leave it out or empty.".to_owned(),
-        Neutral::Words(words) => format!("Leave it out or send `{}`.", words.join("` or `")),
-        Neutral::Type(word) => format!("Leave it out or send the type `{word}`."),
         Neutral::Only(word) => format!("Leave it out or send [\"{word}\"]."),
     };
-    ApiError::field("unsupported_value", name, format!("This value of `{name}` {what}. {accepted}"))
+    ApiError::field("unsupported_value", name, format!("This value of `{name}` is not supported. {accepted}"))
 }
 
 impl Shape {
@@ -194,21 +293,12 @@ impl Neutral {
         match self {
             Self::Never => false,
             Self::Boolean(neutral) => value.as_bool() == Some(neutral),
-            Self::Number(neutral) => value.as_f64() == Some(neutral),
             Self::Empty => value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty),
-            Self::Words(words) => value.as_str().is_some_and(|word| words.contains(&word)),
-            Self::Type(word) => value.get("type").and_then(Value::as_str) == Some(word),
             Self::Only(word) => {
                 value.as_array().is_some_and(|items| !items.is_empty() && items.iter().all(|item| item == word))
             }
         }
     }
-}
-
-/// A 400 for a value of the wrong type.
-pub fn wrong_type(param: &str, expected: &str, value: &Value) -> ApiError {
-    let why = format!("Invalid type for '{param}': expected {expected}, but got {} instead.", json::kind(value));
-    ApiError::field("invalid_type", param, why)
 }
 
 #[cfg(test)]
@@ -218,46 +308,33 @@ mod tests {
     use super::*;
 
     fn checked(value: Value) -> Result<Vec<String>, ApiError> {
-        check(value.as_object().unwrap())
+        check(value.as_object().unwrap(), CHAT)
     }
 
     #[test]
     fn no_field_stands_twice_in_the_table() {
-        let mut names: Vec<_> = TABLE.iter().map(|(name, _)| name).collect();
-        names.sort_unstable();
-        assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
+        for table in [CHAT, COMPLETIONS, RESPONSES, TOKENIZE, DETOKENIZE] {
+            let mut names: Vec<_> = table.iter().map(|(name, _)| name).collect();
+            names.sort_unstable();
+            assert!(names.windows(2).all(|pair| pair[0] != pair[1]));
+        }
     }
 
     #[test]
     fn null_is_the_default_of_every_field() {
-        let all: Map<String, Value> = TABLE.iter().map(|(name, _)| ((*name).to_owned(), Value::Null)).collect();
-        assert_eq!(check(&all), Ok(Vec::new()));
+        let all: Map<String, Value> = CHAT.iter().map(|(name, _)| ((*name).to_owned(), Value::Null)).collect();
+        assert_eq!(check(&all, CHAT), Ok(Vec::new()));
     }
 
     #[test]
     fn values_that_ask_for_nothing_are_accepted_without_a_word() {
-        let neutral = json!({
-            "n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "logprobs": false, "tools": [],
-            "functions": [], "logit_bias": {}, "response_format": {"type": "text"}, "service_tier": "auto",
-            "repetition_penalty": 1, "min_tokens": 0, "modalities": ["text"], "use_beam_search": false,
-            "skip_special_tokens": true, "parallel_tool_calls": true, "cache_salt": "x",
-        });
+        let neutral = json!({ "modalities": ["text"], "use_beam_search": false, "logits_processors": [] });
         assert_eq!(checked(neutral), Ok(Vec::new()));
     }
 
     #[test]
-    fn what_is_not_built_or_not_wanted_is_refused_by_name() {
+    fn what_is_not_wanted_is_refused_by_name() {
         for (name, value) in [
-            ("n", json!(2)),
-            ("frequency_penalty", json!(0.5)),
-            ("logprobs", json!(true)),
-            ("top_logprobs", json!(5)),
-            ("tools", json!([{"type": "function"}])),
-            ("tool_choice", json!("auto")),
-            ("response_format", json!({"type": "json_object"})),
-            ("logit_bias", json!({"5": 1})),
-            ("service_tier", json!("priority")),
-            ("structured_outputs", json!({})),
             ("audio", json!({})),
             ("modalities", json!(["text", "audio"])),
             ("modalities", json!([])),

@@ -5,7 +5,7 @@ use std::{cell::Cell, fmt};
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use super::error::{ApiError, shorten};
+use crate::edge::error::{ApiError, shorten};
 
 /// A value takes some twenty times the memory of its shortest spelling, so the body's size alone is no
 /// bound. Enough for a bias on every token of a large vocabulary.

@@ -1,0 +1,297 @@
+//! Answers under an idempotency key: recorded as they come, so that whoever asks again hears the same, from the
+//! beginning or from where the connection broke.
+//!
+//! A recorded answer is made to its end whoever listens, for it may be asked for again. It is in this edge's memory
+//! while it is made, then in the store; an edge that is asked for another's waits for that.
+
+use std::{
+    collections::HashMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use actix_web::web::{Bytes, BytesMut};
+use futures::{Stream, stream};
+use parking_lot::Mutex;
+use tokio::{sync::watch, time::timeout};
+
+use super::{
+    dialect::KEEP_ALIVE,
+    error::ApiError,
+    state::EdgeState,
+    telling::{Streaming, Telling},
+};
+use crate::records::{Answered, Key};
+
+/// Answers that one edge records at the same time.
+const RECORDINGS_MAX: usize = 4096;
+/// How often an edge looks whether another has answered.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// The recordings of one edge.
+#[derive(Default)]
+pub struct Recordings {
+    table: Mutex<HashMap<String, Arc<Recording>>>,
+}
+
+/// One answer on its way.
+pub struct Recording {
+    inner: Mutex<Inner>,
+    /// Counts what there is to hear.
+    heard: watch::Sender<usize>,
+}
+
+#[derive(Default)]
+struct Inner {
+    content_type: &'static str,
+    ignored: Vec<String>,
+    body: Vec<u8>,
+    /// Where each event of a stream ends.
+    events: Vec<usize>,
+    outcome: Option<Result<(), ApiError>>,
+}
+
+pub const EVENT_STREAM: &str = "text/event-stream";
+pub const JSON: &str = "application/json";
+
+impl Recording {
+    fn new(content_type: &'static str, ignored: Vec<String>) -> Arc<Self> {
+        let inner = Inner { content_type, ignored, ..Inner::default() };
+        Arc::new(Self { inner: Mutex::new(inner), heard: watch::Sender::new(0) })
+    }
+
+    /// Adds whole events, each under its number.
+    fn add_events(&self, bytes: &[u8]) {
+        let mut inner = self.inner.lock();
+        let text = String::from_utf8_lossy(bytes);
+        for event in text.split_inclusive("\n\n").filter(|event| !event.starts_with(':')) {
+            let number = inner.events.len() + 1;
+            inner.body.extend_from_slice(format!("id: {number}\n{event}").as_bytes());
+            let end = inner.body.len();
+            inner.events.push(end);
+        }
+        drop(inner);
+        self.heard.send_modify(|count| *count += 1);
+    }
+
+    fn end(&self, outcome: Result<(), ApiError>) {
+        self.inner.lock().outcome = Some(outcome);
+        self.heard.send_modify(|count| *count += 1);
+    }
+
+    fn replay(&self, answered: Answered) {
+        let mut inner = self.inner.lock();
+        inner.content_type = if answered.content_type == EVENT_STREAM { EVENT_STREAM } else { JSON };
+        inner.events = ends_of_events(&answered.body);
+        (inner.ignored, inner.body) = (answered.ignored, answered.body);
+        inner.outcome = Some(Ok(()));
+        drop(inner);
+        self.heard.send_modify(|count| *count += 1);
+    }
+
+    /// Waits until there is something to answer with, at most for `limit`; then tells what kind of answer it is.
+    pub async fn opening(&self, limit: Duration) -> Result<(&'static str, Vec<String>), ApiError> {
+        let mut heard = self.heard.subscribe();
+        let ready = async {
+            loop {
+                {
+                    let inner = self.inner.lock();
+                    match &inner.outcome {
+                        Some(Err(error)) => return Err(error.clone()),
+                        Some(Ok(())) => return Ok(()),
+                        None if inner.content_type == EVENT_STREAM && !inner.events.is_empty() => return Ok(()),
+                        None => {}
+                    }
+                }
+                if heard.changed().await.is_err() {
+                    return Ok(());
+                }
+            }
+        };
+        if let Ok(outcome) = timeout(limit, ready).await {
+            outcome?;
+        }
+        let inner = self.inner.lock();
+        Ok((inner.content_type, inner.ignored.clone()))
+    }
+
+    /// The whole body, when it is there.
+    pub async fn body(&self) -> Result<Vec<u8>, ApiError> {
+        let mut heard = self.heard.subscribe();
+        loop {
+            {
+                let inner = self.inner.lock();
+                match &inner.outcome {
+                    Some(Err(error)) => return Err(error.clone()),
+                    Some(Ok(())) => return Ok(inner.body.clone()),
+                    None => {}
+                }
+            }
+            if heard.changed().await.is_err() {
+                return Err(ApiError::internal());
+            }
+        }
+    }
+
+    /// Its events behind the `after`-th, as they come.
+    pub fn listen(self: Arc<Self>, after: usize, keep_alive: Duration) -> impl Stream<Item = Result<Bytes, ApiError>> {
+        let heard = self.heard.subscribe();
+        stream::unfold((self, heard, after, false), move |(recording, mut heard, mut next, over)| async move {
+            if over {
+                return None;
+            }
+            loop {
+                heard.mark_unchanged();
+                let (bytes, count, is_over) = recording.since(next);
+                if !bytes.is_empty() || is_over {
+                    next = count;
+                    // An empty piece would end the body in the wrong way.
+                    let bytes = if bytes.is_empty() { Bytes::from_static(KEEP_ALIVE) } else { bytes };
+                    return Some((Ok(bytes), (recording, heard, next, is_over)));
+                }
+                if timeout(keep_alive, heard.changed()).await.is_err() {
+                    let alive = Ok(Bytes::from_static(KEEP_ALIVE));
+                    return Some((alive, (recording, heard, next, false)));
+                }
+            }
+        })
+    }
+
+    /// Events behind the `after`-th, how many there are now, and whether these are all.
+    fn since(&self, after: usize) -> (Bytes, usize, bool) {
+        let inner = self.inner.lock();
+        let from = if after == 0 { 0 } else { inner.events.get(after - 1).copied().unwrap_or(inner.body.len()) };
+        let mut bytes = BytesMut::from(&inner.body[from..]);
+        // A stream that was cut off has said so itself.
+        if let (Some(Err(error)), true) = (&inner.outcome, inner.events.is_empty()) {
+            bytes.extend_from_slice(b"data: ");
+            bytes.extend_from_slice(&error.json());
+            bytes.extend_from_slice(b"\n\n");
+        }
+        (bytes.freeze(), inner.events.len().max(after), inner.outcome.is_some())
+    }
+}
+
+fn ends_of_events(body: &[u8]) -> Vec<usize> {
+    let ends = body.windows(2).enumerate().filter(|(_, pair)| *pair == b"\n\n");
+    ends.map(|(at, _)| at + 2).collect()
+}
+
+impl Recordings {
+    pub fn find(&self, key: &Key) -> Option<Arc<Recording>> {
+        self.table.lock().get(&key.name()).cloned()
+    }
+
+    fn insert(&self, key: &Key, recording: &Arc<Recording>) -> Result<(), ApiError> {
+        let mut table = self.table.lock();
+        if table.len() >= RECORDINGS_MAX {
+            return Err(ApiError::too_many_recordings());
+        }
+        table.insert(key.name(), Arc::clone(recording));
+        Ok(())
+    }
+
+    fn remove(&self, key: &Key) {
+        self.table.lock().remove(&key.name());
+    }
+}
+
+/// Records `telling` to its end, in the background.
+pub fn record(
+    state: &Arc<EdgeState>,
+    key: Key,
+    telling: Telling,
+    is_stream: bool,
+    ignored: Vec<String>,
+) -> Result<Arc<Recording>, ApiError> {
+    let content_type = if is_stream { EVENT_STREAM } else { JSON };
+    let recording = Recording::new(content_type, ignored.clone());
+    state.recordings.insert(&key, &recording)?;
+    let (state_, into) = (Arc::clone(state), Arc::clone(&recording));
+    state.tasks.spawn_on(
+        async move {
+            let state = state_;
+            let making = async {
+                if is_stream { stream_into(telling, &into).await } else { whole_into(telling, &state, &into).await }
+            };
+            let outcome = renewing(&state, &key, making).await;
+            let kept = match &outcome {
+                Ok(()) => {
+                    let body = into.inner.lock().body.clone();
+                    let answered = Answered { content_type: content_type.to_owned(), ignored, body };
+                    state.records.answered(&key, &answered).await
+                }
+                // Nothing was charged, or nothing can be told again: the next one is the first.
+                Err(_) => state.records.forget(&key).await,
+            };
+            if let Err(error) = kept {
+                tracing::warn!(%error, "what was asked under an idempotency key was not kept");
+            }
+            into.end(outcome);
+            state.recordings.remove(&key);
+        },
+        &state.runtime,
+    );
+    Ok(recording)
+}
+
+async fn stream_into(telling: Telling, into: &Recording) -> Result<(), ApiError> {
+    let mut streaming = Streaming::begin(telling).await?;
+    let mut buffer = BytesMut::new();
+    while !streaming.is_over() {
+        streaming.write(&mut buffer).await;
+        into.add_events(&buffer.split());
+    }
+    streaming.failure().map_or(Ok(()), Err)
+}
+
+async fn whole_into(mut telling: Telling, state: &EdgeState, into: &Recording) -> Result<(), ApiError> {
+    let limit = Duration::from_millis(state.settings.request_ms_max);
+    let body = timeout(limit, telling.whole()).await.map_err(|_| ApiError::too_slow())??;
+    into.inner.lock().body = body;
+    Ok(())
+}
+
+/// Says now and then that the key is in use.
+async fn renewing<T>(state: &EdgeState, key: &Key, work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    loop {
+        match timeout(state.records.lease() / 3, &mut work).await {
+            Ok(done) => return done,
+            Err(_) => {
+                if let Err(error) = state.records.renew(key).await {
+                    tracing::warn!(%error, "an idempotency key was not renewed");
+                }
+            }
+        }
+    }
+}
+
+/// What another edge, or this one at another time, answers to the same question.
+pub fn follow(state: &Arc<EdgeState>, key: Key, is_stream: bool) -> Arc<Recording> {
+    let recording = Recording::new(if is_stream { EVENT_STREAM } else { JSON }, Vec::new());
+    let (state_, into) = (Arc::clone(state), Arc::clone(&recording));
+    let until = Instant::now() + Duration::from_millis(state.settings.request_ms_max);
+    state.tasks.spawn_on(
+        async move {
+            loop {
+                match state_.records.answer(&key).await {
+                    Ok(Some(answered)) => return into.replay(answered),
+                    Ok(None) => {}
+                    Err(error) => tracing::warn!(%error, "an answer could not be looked up"),
+                }
+                // Nobody is waiting any more.
+                if Arc::strong_count(&into) == 1 {
+                    return;
+                }
+                match state_.records.is_asked(&key).await {
+                    Ok(false) => return into.end(Err(ApiError::silent())),
+                    _ if Instant::now() > until => return into.end(Err(ApiError::silent())),
+                    _ => tokio::time::sleep(LOOK_EVERY).await,
+                }
+            }
+        },
+        &state.runtime,
+    );
+    recording
+}

@@ -1,0 +1,181 @@
+//! Answers that are kept for later: what is stored of them, and the endpoints that find them again.
+
+use std::sync::Arc;
+
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::{
+    answer::Whole,
+    auth::authenticate,
+    error::ApiError,
+    generation::unix_ms,
+    state::EdgeState,
+};
+use crate::{
+    admission::Scope,
+    domain::TenantId,
+    prompt::{Message, Role, ToolCall},
+    records::Record,
+    store::StoreError,
+};
+
+pub const CHAT: &str = "chat.completion";
+pub const RESPONSE: &str = "response";
+/// Answers on one page of a list.
+const PAGE: usize = 20;
+const PAGE_MAX: usize = 100;
+
+/// An answer that is to be kept when it is complete.
+pub struct Keeping {
+    pub tenant: TenantId,
+    /// As the client knows it.
+    pub id: String,
+    pub kind: &'static str,
+    pub metadata: Map<String, Value>,
+    /// What the answer answers, without instructions.
+    pub conversation: Vec<Message>,
+    /// The answer so far, where it is a stream.
+    pub whole: Whole,
+}
+
+impl Keeping {
+    /// Best effort: the client has its answer.
+    pub async fn keep(self, state: &EdgeState, whole: &Whole, body: &[u8]) {
+        let Self { tenant, id, kind, metadata, mut conversation, .. } = self;
+        conversation.extend(whole.choices.first().map(|choice| Message {
+            tool_calls: choice
+                .calls
+                .iter()
+                .map(|call| ToolCall {
+                    id: call.id.clone(),
+                    name: call.name.clone(),
+                    arguments: call.arguments.clone(),
+                })
+                .collect(),
+            ..Message::new(Role::Assistant, choice.text.clone())
+        }));
+        let answer = match serde_json::from_slice(body) {
+            Ok(Value::Object(mut answer)) => {
+                answer.insert("metadata".to_owned(), Value::Object(metadata));
+                Value::Object(answer).to_string().into_bytes()
+            }
+            _ => body.to_vec(),
+        };
+        let conversation = serde_json::to_vec(&conversation).expect("messages serialise");
+        let kind = kind.to_owned();
+        let record = Record { id, kind, created_unix_ms: unix_ms(), answer, conversation };
+        if let Err(error) = state.records.put(&tenant, &record).await {
+            tracing::error!(%error, id = record.id, "an answer was not stored");
+        }
+    }
+}
+
+pub fn store_failed(error: StoreError) -> ApiError {
+    tracing::warn!(%error, "a record could not be read");
+    if error.is_transient() { ApiError::store_away() } else { ApiError::internal() }
+}
+
+/// A stored answer of the bearer's tenant.
+async fn found(http: &HttpRequest, state: &EdgeState, id: &str, kind: &str) -> Result<(TenantId, Record), ApiError> {
+    let principal = authenticate(http, state).await?;
+    if !principal.may(Scope::Chat) {
+        return Err(ApiError::permission_denied("This API key may not read completions."));
+    }
+    let record = state.records.get(&principal.tenant, id).await.map_err(store_failed)?;
+    match record.filter(|record| record.kind == kind) {
+        Some(record) => Ok((principal.tenant, record)),
+        None => Err(ApiError::not_found(kind, id)),
+    }
+}
+
+fn json(bytes: Vec<u8>) -> HttpResponse {
+    HttpResponse::Ok().content_type("application/json").body(bytes)
+}
+
+pub async fn get_chat(
+    http: HttpRequest,
+    id: web::Path<String>,
+    state: web::Data<EdgeState>,
+) -> Result<HttpResponse, ApiError> {
+    Ok(json(found(&http, &state, &id, CHAT).await?.1.answer))
+}
+
+pub async fn get_response(
+    http: HttpRequest,
+    id: web::Path<String>,
+    state: web::Data<EdgeState>,
+) -> Result<HttpResponse, ApiError> {
+    Ok(json(found(&http, &state, &id, RESPONSE).await?.1.answer))
+}
+
+pub async fn delete_chat(
+    http: HttpRequest,
+    id: web::Path<String>,
+    state: web::Data<EdgeState>,
+) -> Result<HttpResponse, ApiError> {
+    delete(&http, &state, &id, CHAT, "chat.completion.deleted").await
+}
+
+pub async fn delete_response(
+    http: HttpRequest,
+    id: web::Path<String>,
+    state: web::Data<EdgeState>,
+) -> Result<HttpResponse, ApiError> {
+    delete(&http, &state, &id, RESPONSE, "response.deleted").await
+}
+
+async fn delete(
+    http: &HttpRequest,
+    state: &EdgeState,
+    id: &str,
+    kind: &str,
+    object: &str,
+) -> Result<HttpResponse, ApiError> {
+    let (tenant, _) = found(http, state, id, kind).await?;
+    state.records.delete(&tenant, id).await.map_err(store_failed)?;
+    Ok(HttpResponse::Ok().json(json!({ "id": id, "object": object, "deleted": true })))
+}
+
+#[derive(Deserialize)]
+pub struct Page {
+    after: Option<String>,
+    limit: Option<usize>,
+}
+
+/// The tenant's stored completions, the newest first.
+pub async fn list_chat(
+    http: HttpRequest,
+    page: web::Query<Page>,
+    state: web::Data<EdgeState>,
+) -> Result<HttpResponse, ApiError> {
+    let principal = authenticate(&http, &state).await?;
+    let limit = page.limit.unwrap_or(PAGE);
+    if !(1..=PAGE_MAX).contains(&limit) {
+        let why = format!("Invalid 'limit': expected a value from 1 to {PAGE_MAX}, but got {limit}.");
+        return Err(ApiError::field("out_of_range", "limit", why));
+    }
+    let listed = state.records.list(&principal.tenant, CHAT, page.after.as_deref(), limit).await;
+    let (records, has_more) = listed.map_err(store_failed)?;
+    let data: Vec<Value> =
+        records.iter().filter_map(|record| serde_json::from_slice(&record.answer).ok()).collect();
+    let id = |record: Option<&Record>| record.map(|record| record.id.clone());
+    Ok(HttpResponse::Ok().json(json!({
+        "object": "list", "data": data, "first_id": id(records.first()), "last_id": id(records.last()),
+        "has_more": has_more,
+    })))
+}
+
+/// What an earlier response and those before it said.
+pub async fn earlier(state: &Arc<EdgeState>, tenant: &TenantId, id: &str) -> Result<Vec<Message>, ApiError> {
+    let record = state.records.get(tenant, id).await.map_err(store_failed)?;
+    let Some(record) = record.filter(|record| record.kind == RESPONSE) else {
+        let why = format!("Previous response with id '{}' not found.", super::error::shorten(id));
+        return Err(ApiError::field("previous_response_not_found", "previous_response_id", why));
+    };
+    serde_json::from_slice(&record.conversation).map_err(|error| {
+        tracing::error!(%error, id, "a stored conversation cannot be read");
+        ApiError::internal()
+    })
+}

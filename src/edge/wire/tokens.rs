@@ -1,0 +1,37 @@
+//! Requests about tokens alone.
+
+use super::{
+    Body, fields,
+    messages::messages,
+    read::Fields,
+};
+use crate::{
+    edge::error::ApiError,
+    prompt::{Asked, Conversation},
+};
+
+/// What is to be tokenised, and whether the tokens' texts are wanted.
+pub fn read_text(body: Body, messages_max: usize) -> Result<(Asked, bool), ApiError> {
+    let Body { map } = body;
+    fields::check(&map, fields::TOKENIZE)?;
+    let fields = Fields::root(&map);
+    let wants_texts = fields.boolean("return_token_strs")?.unwrap_or(false);
+    if fields.given("messages").is_none() {
+        let text = fields.text("prompt", usize::MAX)?;
+        return Ok((Asked::Text(fields.required("prompt", text)?.to_owned()), wants_texts));
+    }
+    let mut conversation = Conversation::new(messages(&fields, messages_max, &mut Vec::new())?);
+    conversation.continues_last = fields.boolean("continue_final_message")?.unwrap_or(false);
+    conversation.begins_answer = fields.boolean("add_generation_prompt")?.unwrap_or(!conversation.continues_last);
+    conversation.has_bos = fields.boolean("add_special_tokens")?.unwrap_or(false);
+    conversation.variables = fields.map("chat_template_kwargs")?.cloned().unwrap_or_default();
+    Ok((Asked::Conversation(Box::new(conversation)), wants_texts))
+}
+
+pub fn read_tokens(body: Body, vocabulary: usize) -> Result<Vec<u32>, ApiError> {
+    let Body { map } = body;
+    fields::check(&map, fields::DETOKENIZE)?;
+    let fields = Fields::root(&map);
+    let tokens = fields.tokens("tokens", usize::MAX, vocabulary)?;
+    fields.required("tokens", tokens)
+}
