@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
@@ -43,7 +44,7 @@ pub enum PieceBody {
 }
 
 /// Why a choice ended, as clients know it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WireReason {
     Stop,
@@ -201,7 +202,7 @@ impl Whole {
 
 // --- tokens on the wire ------------------------------------------------------------------------------
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 pub struct Logprobs {
     content: Vec<TokenLogprob>,
     refusal: Option<()>,
@@ -218,14 +219,14 @@ impl Logprobs {
     }
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct TokenLogprob {
     #[serde(flatten)]
     token: AnyLogprob,
     top_logprobs: Vec<AnyLogprob>,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct AnyLogprob {
     token: String,
     logprob: f32,

@@ -8,6 +8,7 @@ use actix_web::{
     body::BoxBody,
     http::{StatusCode, header},
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{domain::FailureCode, prompt::PromptError};
@@ -31,12 +32,12 @@ struct Fault {
     reason: &'static str,
 }
 
-#[derive(Serialize)]
-struct Envelope<'a> {
+#[derive(JsonSchema, Serialize)]
+pub(super) struct Envelope<'a> {
     error: Body<'a>,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct Body<'a> {
     message: &'a str,
     #[serde(rename = "type")]

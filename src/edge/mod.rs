@@ -15,6 +15,7 @@ mod endpoint;
 mod error;
 mod generation;
 mod models;
+mod openapi;
 mod recording;
 mod server;
 mod state;

@@ -1,6 +1,7 @@
 //! The models that are served.
 
 use actix_web::{HttpRequest, HttpResponse, web};
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{
@@ -10,14 +11,15 @@ use super::{
 };
 use crate::domain::{ModelId, NanoUsd};
 
-#[derive(Serialize)]
-struct List<'a> {
+#[derive(JsonSchema, Serialize)]
+pub(super) struct List<'a> {
     object: &'static str,
     data: Vec<Model<'a>>,
 }
 
-#[derive(Serialize)]
-struct Model<'a> {
+#[derive(JsonSchema, Serialize)]
+pub(super) struct Model<'a> {
+    #[schemars(with = "String")]
     id: &'a ModelId,
     object: &'static str,
     created: u64,
@@ -30,7 +32,7 @@ struct Model<'a> {
 }
 
 /// In dollars, exact, as text.
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct Pricing {
     currency: &'static str,
     input_per_million_tokens: Option<String>,

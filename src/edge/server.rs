@@ -25,7 +25,7 @@ use super::{
     dialect::{chat::Chat, completions::Completions, responses::Responses},
     endpoint,
     error::ApiError,
-    models,
+    models, openapi,
     state::{EdgeSpec, EdgeState},
     status, stored, tokens,
 };
@@ -188,6 +188,9 @@ fn routes(app: &mut web::ServiceConfig) {
         // Names of models may contain slashes.
         let resource = web::resource(format!("{prefix}/{{id:.+}}")).route(web::get().to(models::one));
         app.service(resource.default_service(web::to(only_get)));
+    }
+    for (path, get) in [("/openapi.json", web::get().to(openapi::json)), ("/docs", web::get().to(openapi::page))] {
+        app.service(web::resource(path).route(get).default_service(web::to(only_get)));
     }
     for (path, get, head) in [
         ("/healthz", web::get().to(status::healthz), web::head().to(status::healthz)),

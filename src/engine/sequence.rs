@@ -113,8 +113,8 @@ impl Sequence {
     /// Takes the blocks of its prefix that are there. Answers with how many prompt tokens these hold if it is
     /// served for the first time.
     pub fn begin(&mut self, pool: &BlockPool, block_tokens: usize) -> Option<u32> {
-        let usable = self.usable();
-        let found = pool.find(usable).blocks;
+        let usable = self.usable().to_vec();
+        let found = pool.find(&usable).blocks;
         self.blocks.adopt(&usable[..found]);
         self.computed = found * block_tokens;
         if self.cached_tokens.is_some() {

@@ -89,7 +89,7 @@ impl Template {
             last.content.push_str(end.as_str());
         }
         let defused = |values: &[Json]| values.iter().map(|value| defuse_all(value, &defuse)).collect::<Vec<_>>();
-        let optional = |values: Vec<Json>| if values.is_empty() { Value::UNDEFINED } else { Value::from_serialize(values) };
+        let optional = |values: Vec<Json>| if values.is_empty() { Value::UNDEFINED } else { Value::from(Serde(values)) };
         let Json::Object(variables) = defuse_all(&Json::Object(conversation.variables.clone()), &defuse) else {
             unreachable!("an object stays one")
         };
@@ -102,7 +102,7 @@ impl Template {
                 add_generation_prompt => conversation.begins_answer && !conversation.continues_last,
                 tools => optional(defused(&tools)),
                 documents => optional(defused(&conversation.documents)),
-                ..Value::from_serialize(&variables)
+                ..Value::from(Serde(&variables))
             })
             .map_err(failed)?;
         if conversation.continues_last {

@@ -153,7 +153,7 @@ impl Queue {
     pub async fn find(&self, model: &ModelId, request: &RequestId) -> Result<Option<Job>, StoreError> {
         let [jobs, ..] = keys::queue(model);
         let payload: Option<Vec<u8>> = self.store.query(redis::cmd("HGET").arg(jobs).arg(request.as_str())).await?;
-        let damaged = |error: postcard::Error| StoreError::Damaged(format!("job {request}: {error}"));
+        let damaged = |why| StoreError::Damaged(format!("job {request}: {why}"));
         payload.map(|payload| decode(&payload).map_err(damaged)).transpose()
     }
 

@@ -5,7 +5,7 @@
 
 pub mod chat;
 pub mod completions;
-mod openai;
+pub mod openai;
 pub mod responses;
 mod sse;
 

@@ -1,5 +1,6 @@
 //! What answers look like on the wire.
 
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -30,11 +31,12 @@ pub struct About {
     pub priority: Priority,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 pub struct Completion<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
+    #[schemars(with = "String")]
     model: &'a ModelId,
     choices: Vec<Choice<'a>>,
     usage: WireUsage,
@@ -46,7 +48,7 @@ pub struct Completion<'a> {
     prompt_token_ids: Option<&'a [u32]>,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct Choice<'a> {
     index: usize,
     message: AssistantMessage<'a>,
@@ -58,7 +60,7 @@ struct Choice<'a> {
     token_ids: Option<Vec<u32>>,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct AssistantMessage<'a> {
     role: &'static str,
     content: Option<&'a str>,
@@ -69,7 +71,7 @@ struct AssistantMessage<'a> {
     function_call: Option<Function<'a>>,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct ToolCall<'a> {
     id: &'a str,
     #[serde(rename = "type")]
@@ -77,7 +79,7 @@ struct ToolCall<'a> {
     function: Function<'a>,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct Function<'a> {
     name: &'a str,
     arguments: &'a str,
@@ -152,7 +154,7 @@ fn told_prompt(tokens: &[TokenDetail], form: &Form) -> Value {
     std::iter::once(Value::Null).chain(tokens.iter().map(place)).collect()
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 pub struct WireUsage {
     prompt_tokens: u32,
     completion_tokens: u32,
@@ -161,13 +163,13 @@ pub struct WireUsage {
     completion_tokens_details: CompletionTokensDetails,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct PromptTokensDetails {
     cached_tokens: u32,
     audio_tokens: u32,
 }
 
-#[derive(Default, Serialize)]
+#[derive(Default, JsonSchema, Serialize)]
 struct CompletionTokensDetails {
     reasoning_tokens: u32,
     audio_tokens: u32,

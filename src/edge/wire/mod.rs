@@ -2,13 +2,14 @@
 
 pub mod chat;
 pub mod completions;
-mod fields;
+pub mod fields;
 mod format;
 pub mod json;
 mod messages;
 mod read;
 pub mod responses;
 mod sampling;
+pub mod schema;
 pub mod tokens;
 mod tools;
 
