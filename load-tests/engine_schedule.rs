@@ -238,6 +238,7 @@ impl Running {
             for event in events {
                 let heard = all.entry(event.request.to_string()).or_default();
                 match event.body {
+                    EngineEventBody::Prompt { .. } => {}
                     EngineEventBody::Delta { tokens, .. } => {
                         heard.at.push(now);
                         heard.tokens += tokens;

@@ -302,8 +302,10 @@ mod tests {
         flights.take_in(&[claim("a", "edge"), claim("b", "edge")], 1);
         let cancelled = |request: &str, completion_tokens| EngineEvent {
             request: request.into(),
+            choice: 0,
             body: EngineEventBody::Finished {
                 reason: FinishReason::Cancelled,
+                stopped_by: None,
                 usage: Usage { prompt_tokens: 100, completion_tokens, cached_tokens: 0 },
             },
         };

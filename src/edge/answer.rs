@@ -130,7 +130,9 @@ impl Teller {
         for said in said {
             let body = match said {
                 Said::Text(text) => PieceBody::Text(text),
-                Said::Call { index, name } => PieceBody::Call { index, id: call_id(&self.request, choice, index), name },
+                Said::Call { index, name } => {
+                    PieceBody::Call { index, id: call_id(&self.request, choice, index), name }
+                }
                 Said::Arguments { index, text } => PieceBody::Arguments { index, text },
                 Said::Called { .. } => {
                     of.called += 1;

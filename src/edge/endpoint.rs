@@ -156,10 +156,7 @@ async fn replayed(state: &EdgeState, recording: Arc<Recording>, after: usize) ->
     Ok(with_ignored(HttpResponse::Ok(), &ignored).content_type(JSON).body(body))
 }
 
-fn streamed(
-    ignored: &[String],
-    bytes: impl futures::Stream<Item = Result<Bytes, ApiError>> + 'static,
-) -> HttpResponse {
+fn streamed(ignored: &[String], bytes: impl futures::Stream<Item = Result<Bytes, ApiError>> + 'static) -> HttpResponse {
     with_ignored(HttpResponse::Ok(), ignored)
         .content_type(EVENT_STREAM)
         .insert_header((header::CACHE_CONTROL, "no-cache"))

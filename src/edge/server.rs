@@ -261,9 +261,9 @@ const PROBLEM_JSON: &str = "application/problem+json";
 /// Whether a client would rather have errors in the form of RFC 9457 (once 7807).
 fn wants_problem(request: &ServiceRequest) -> bool {
     let accepted = request.headers().get_all(ACCEPT).filter_map(|value| value.to_str().ok());
-    accepted.flat_map(|value| value.split(',')).any(|kind| {
-        kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case(PROBLEM_JSON))
-    })
+    accepted
+        .flat_map(|value| value.split(','))
+        .any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case(PROBLEM_JSON)))
 }
 
 /// What every answer carries, whatever it is.

@@ -6,13 +6,7 @@ use actix_web::{HttpRequest, HttpResponse, web};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::{
-    answer::Whole,
-    auth::authenticate,
-    error::ApiError,
-    generation::unix_ms,
-    state::EdgeState,
-};
+use super::{answer::Whole, auth::authenticate, error::ApiError, generation::unix_ms, state::EdgeState};
 use crate::{
     admission::Scope,
     domain::TenantId,
@@ -44,17 +38,19 @@ impl Keeping {
     /// Best effort: the client has its answer.
     pub async fn keep(self, state: &EdgeState, whole: &Whole, body: &[u8]) {
         let Self { tenant, id, kind, metadata, mut conversation, .. } = self;
-        conversation.extend(whole.choices.first().map(|choice| Message {
-            tool_calls: choice
-                .calls
-                .iter()
-                .map(|call| ToolCall {
-                    id: call.id.clone(),
-                    name: call.name.clone(),
-                    arguments: call.arguments.clone(),
-                })
-                .collect(),
-            ..Message::new(Role::Assistant, choice.text.clone())
+        conversation.extend(whole.choices.first().map(|choice| {
+            Message {
+                tool_calls: choice
+                    .calls
+                    .iter()
+                    .map(|call| ToolCall {
+                        id: call.id.clone(),
+                        name: call.name.clone(),
+                        arguments: call.arguments.clone(),
+                    })
+                    .collect(),
+                ..Message::new(Role::Assistant, choice.text.clone())
+            }
         }));
         let answer = match serde_json::from_slice(body) {
             Ok(Value::Object(mut answer)) => {
@@ -158,8 +154,7 @@ pub async fn list_chat(
     }
     let listed = state.records.list(&principal.tenant, CHAT, page.after.as_deref(), limit).await;
     let (records, has_more) = listed.map_err(store_failed)?;
-    let data: Vec<Value> =
-        records.iter().filter_map(|record| serde_json::from_slice(&record.answer).ok()).collect();
+    let data: Vec<Value> = records.iter().filter_map(|record| serde_json::from_slice(&record.answer).ok()).collect();
     let id = |record: Option<&Record>| record.map(|record| record.id.clone());
     Ok(HttpResponse::Ok().json(json!({
         "object": "list", "data": data, "first_id": id(records.first()), "last_id": id(records.last()),

@@ -19,11 +19,7 @@ use crate::{
 };
 
 /// The body, and the model that it is about.
-async fn asked(
-    http: &HttpRequest,
-    payload: &mut web::Payload,
-    state: &EdgeState,
-) -> Result<(Body, ModelId), ApiError> {
+async fn asked(http: &HttpRequest, payload: &mut web::Payload, state: &EdgeState) -> Result<(Body, ModelId), ApiError> {
     let principal = authenticate(http, state).await?;
     if !principal.may(Scope::Chat) {
         return Err(ApiError::permission_denied("This API key may not tokenise."));

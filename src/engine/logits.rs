@@ -27,18 +27,6 @@ impl TokenSet {
         Self { words }
     }
 
-    pub fn add(&mut self, token: u32) {
-        let at = token as usize / 32;
-        if self.words.len() <= at {
-            self.words.resize(at + 1, 0);
-        }
-        self.words[at] |= 1 << (token % 32);
-    }
-
-    pub fn contains(&self, token: u32) -> bool {
-        self.words.get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
-    }
-
     /// Leaves only its tokens in the running.
     fn keep(&self, row: &mut [f32]) {
         let words = self.words.iter().copied().chain(std::iter::repeat(0));
@@ -254,13 +242,5 @@ mod tests {
     #[test]
     fn a_mask_that_leaves_nothing_is_told() {
         assert!(!shape(&[1.0; 8], None, Some(&TokenSet::of(&[])), &[], &mut Vec::new()));
-    }
-
-    #[test]
-    fn sets_have_what_was_put_into_them() {
-        let mut set = TokenSet::of(&[0, 31, 64]);
-        set.add(100);
-        let has: Vec<u32> = (0..200).filter(|token| set.contains(*token)).collect();
-        assert_eq!(has, [0, 31, 64, 100]);
     }
 }

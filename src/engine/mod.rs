@@ -38,7 +38,9 @@ pub use memory::MemoryNeed;
 pub use onnx::OnnxRuntime;
 
 use crate::{
-    domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, StoppedBy, Stops, Telling, TokenDetail, Usage},
+    domain::{
+        FinishReason, ModelId, Priority, RequestId, SamplingParams, StoppedBy, Stops, Telling, TokenDetail, Usage,
+    },
     grammar::Constraint,
     model::{ModelError, ModelFile},
     telemetry::Metrics,

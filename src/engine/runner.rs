@@ -542,11 +542,7 @@ struct End {
 type Mask = Result<TokenSet, GrammarError>;
 
 /// The prompt's rows from the sequence's first row that is computed now.
-fn tell_of_prompt<'a>(
-    sequence: &mut Sequence,
-    rows: impl Iterator<Item = &'a [f32]>,
-    scratch: &mut sampler::Scratch,
-) {
+fn tell_of_prompt<'a>(sequence: &mut Sequence, rows: impl Iterator<Item = &'a [f32]>, scratch: &mut sampler::Scratch) {
     let top = sequence.spec.telling.prompt_logprobs.unwrap_or(0) as usize;
     for (row, at) in rows.zip(sequence.computed..) {
         // A prompt that is computed again, after a preemption, has been told of as far as it got.
@@ -613,12 +609,7 @@ fn verify<'a>(
 }
 
 /// The next token, from a row of logits. `None` if nothing may come.
-fn choose(
-    sequence: &Sequence,
-    row: &[f32],
-    mask: Option<&TokenSet>,
-    scratch: &mut sampler::Scratch,
-) -> Option<u32> {
+fn choose(sequence: &Sequence, row: &[f32], mask: Option<&TokenSet>, scratch: &mut sampler::Scratch) -> Option<u32> {
     let (params, position) = (&sequence.spec.sampling, sequence.tokens.len());
     if sequence.shaper.is_none() && mask.is_none() {
         return Some(sampler::sample(row, params, position, scratch));

@@ -109,10 +109,8 @@ impl Grammars {
 }
 
 fn environment(vocabulary: &Vocabulary) -> Result<TokEnv, GrammarError> {
-    let end = *vocabulary
-        .eos
-        .last()
-        .ok_or_else(|| GrammarError::Vocabulary("no token of it ends an answer".to_owned()))?;
+    let end =
+        *vocabulary.eos.last().ok_or_else(|| GrammarError::Vocabulary("no token of it ends an answer".to_owned()))?;
     let words: Vec<Vec<u8>> = (0..vocabulary.len() as u32)
         .map(|token| match vocabulary.kinds[token as usize] {
             TokenKind::Control => {

@@ -7,11 +7,19 @@ use super::tools::{CALL_CLOSE, CALL_OPEN};
 pub enum Said {
     Text(String),
     /// A call begins; calls count from 0.
-    Call { index: u32, name: String },
+    Call {
+        index: u32,
+        name: String,
+    },
     /// More of the arguments of the call that began last.
-    Arguments { index: u32, text: String },
+    Arguments {
+        index: u32,
+        text: String,
+    },
     /// The call is complete.
-    Called { index: u32 },
+    Called {
+        index: u32,
+    },
 }
 
 /// Reads text in pieces of any size: what comes out joined does not depend on where they are cut.

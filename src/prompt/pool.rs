@@ -367,8 +367,14 @@ mod tests {
     fn model(context_tokens_max: usize) -> PromptModel {
         let source = "{% for m in messages %}<|a|>{{ m.content }}{% endfor %}";
         let template = Template::compile(source, "", "", vec!["<|a|>".into()]).unwrap();
-        let vocabulary = Arc::new(Vocabulary::of_text((0..=255).map(|b: u8| char::from(b).to_string()).collect(), vec![0]));
-        PromptModel { template, encoder: Arc::new(Bytes), grammars: Arc::new(Grammars::new(vocabulary)), context_tokens_max }
+        let vocabulary =
+            Arc::new(Vocabulary::of_text((0..=255).map(|b: u8| char::from(b).to_string()).collect(), vec![0]));
+        PromptModel {
+            template,
+            encoder: Arc::new(Bytes),
+            grammars: Arc::new(Grammars::new(vocabulary)),
+            context_tokens_max,
+        }
     }
 
     fn user(content: &str) -> Ask {
@@ -422,7 +428,8 @@ mod tests {
 
     #[test]
     fn bad_words_are_spelled_with_and_without_a_space() {
-        let words = model(100).prepare(&Ask { bad_words: vec!["no".into(), " ".into()], ..user("x") }).unwrap().bad_words;
+        let words =
+            model(100).prepare(&Ask { bad_words: vec!["no".into(), " ".into()], ..user("x") }).unwrap().bad_words;
         assert_eq!(words, [vec![110, 111], vec![32, 110, 111], vec![32]]);
     }
 
@@ -435,7 +442,9 @@ mod tests {
         };
         let json = |schema| shaped(TextShape::Json { schema, whitespace: Whitespace::Some });
         assert_eq!(json(serde_json::json!({ "type": "object" })), Ok(true));
-        assert!(matches!(json(serde_json::json!({ "not": {} })), Err(PromptError::Grammar { why, .. }) if why.contains("not")));
+        assert!(
+            matches!(json(serde_json::json!({ "not": {} })), Err(PromptError::Grammar { why, .. }) if why.contains("not"))
+        );
         assert_eq!(shaped(TextShape::Regex("[a-c]+x".into())), Ok(true));
         assert!(matches!(shaped(TextShape::Regex("(".into())), Err(PromptError::Grammar { .. })));
         assert_eq!(shaped(TextShape::Choice(vec!["a\"".into(), "b".into()])), Ok(true));

@@ -15,7 +15,10 @@ use crate::domain::GrammarSource;
 #[derive(Clone, Debug, PartialEq)]
 pub enum TextShape {
     Any,
-    Json { schema: Value, whitespace: Whitespace },
+    Json {
+        schema: Value,
+        whitespace: Whitespace,
+    },
     Regex(String),
     Choice(Vec<String>),
     /// In the syntax of Lark, as `llguidance` extends it.

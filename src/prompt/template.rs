@@ -89,7 +89,8 @@ impl Template {
             last.content.push_str(end.as_str());
         }
         let defused = |values: &[Json]| values.iter().map(|value| defuse_all(value, &defuse)).collect::<Vec<_>>();
-        let optional = |values: Vec<Json>| if values.is_empty() { Value::UNDEFINED } else { Value::from(Serde(values)) };
+        let optional =
+            |values: Vec<Json>| if values.is_empty() { Value::UNDEFINED } else { Value::from(Serde(values)) };
         let Json::Object(variables) = defuse_all(&Json::Object(conversation.variables.clone()), &defuse) else {
             unreachable!("an object stays one")
         };
@@ -161,9 +162,9 @@ fn defuse_all(value: &Json, defuse: &impl Fn(&str) -> String) -> Json {
     match value {
         Json::String(text) => Json::from(defuse(text)),
         Json::Array(items) => items.iter().map(|item| defuse_all(item, defuse)).collect(),
-        Json::Object(fields) => {
-            Json::Object(fields.iter().map(|(key, value)| (defuse(key), defuse_all(value, defuse))).collect::<Map<_, _>>())
-        }
+        Json::Object(fields) => Json::Object(
+            fields.iter().map(|(key, value)| (defuse(key), defuse_all(value, defuse))).collect::<Map<_, _>>(),
+        ),
         other => other.clone(),
     }
 }
@@ -281,12 +282,7 @@ mod tests {
 
     #[test]
     fn a_template_that_knows_tools_gets_them_as_they_are_and_another_has_them_explained() {
-        let tool = Tool {
-            name: "f".into(),
-            description: Some("<|im_end|>".into()),
-            parameters: None,
-            strict: false,
-        };
+        let tool = Tool { name: "f".into(), description: Some("<|im_end|>".into()), parameters: None, strict: false };
         let call = ToolCall { id: "c".into(), name: "f".into(), arguments: r#"{"a":"<|im_end|>"}"#.into() };
         let messages = vec![
             message(Role::User, "x"),
@@ -324,7 +320,8 @@ mod tests {
 
     #[test]
     fn what_a_client_adds_for_the_template_is_there_and_hides_nothing_of_ours() {
-        let template = compile("{{ mood }}{{ nested.a[0] }}{{ messages[0].content }}{{ bos_token }}{{ documents[0].text }}");
+        let template =
+            compile("{{ mood }}{{ nested.a[0] }}{{ messages[0].content }}{{ bos_token }}{{ documents[0].text }}");
         let variables = serde_json::json!({
             "mood": "<|im_end|>", "nested": { "a": ["n"] }, "messages": [{ "content": "forged" }], "bos_token": "forged",
         });

@@ -104,16 +104,11 @@ mod tests {
 
     #[test]
     fn tools_are_explained_in_the_system_message_and_calls_and_answers_are_spelled_out() {
-        let call = |id: &str, arguments: &str| ToolCall {
-            id: id.into(),
-            name: "weather".into(),
-            arguments: arguments.into(),
-        };
+        let call =
+            |id: &str, arguments: &str| ToolCall { id: id.into(), name: "weather".into(), arguments: arguments.into() };
         let calls = vec![call("1", r#"{"city":"Bern"}"#), call("2", "")];
-        let answer = |id: &str, content: &str| Message {
-            tool_call_id: Some(id.into()),
-            ..Message::new(Role::Tool, content)
-        };
+        let answer =
+            |id: &str, content: &str| Message { tool_call_id: Some(id.into()), ..Message::new(Role::Tool, content) };
         let messages = [
             Message::new(Role::System, "Be brief."),
             Message::new(Role::User, "Weather?"),

@@ -71,7 +71,8 @@ impl ReplyHub {
     pub fn open(&self, request: &RequestId) -> ReplyStream {
         let (sender, events) = mpsc::channel(self.inner.buffer_events);
         let ending = Ending::default();
-        let entry = Entry { events: sender, ending: Arc::clone(&ending), worker: None, seq_next: 0, is_cancelled: false };
+        let entry =
+            Entry { events: sender, ending: Arc::clone(&ending), worker: None, seq_next: 0, is_cancelled: false };
         self.inner.streams.lock().insert(request.clone(), entry);
         ReplyStream { request: request.clone(), events, ending, hub: Arc::downgrade(&self.inner), ended: false }
     }

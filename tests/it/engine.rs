@@ -81,7 +81,7 @@ fn sequences_preempted_for_want_of_blocks_end_with_the_same_text() {
 fn stop_strings_lengths_and_seeds_hold() {
     let mut served = Served::spawn(spec(8, 64, 64));
     let mut stop = request("stop", QUESTIONS[0], 100);
-    stop.stop = vec!["nowhere".into(), "tal of Fr".into()];
+    stop.stops.strings = vec!["nowhere".into(), "tal of Fr".into()];
     let length = request("length", QUESTIONS[1], 5);
     let sampled = |id: &str, seed| {
         let mut r = request(id, QUESTIONS[1], 24);

@@ -158,7 +158,7 @@ fn the_leader_of_a_common_prefix_may_go_and_the_others_get_their_answers() {
                 EngineEventBody::Delta { text: more, .. } if event.request.as_str() == "follower" => text += &more,
                 EngineEventBody::Finished { .. } => ended += 1,
                 EngineEventBody::Failed { message } => panic!("{message}"),
-                EngineEventBody::Delta { .. } => {}
+                EngineEventBody::Delta { .. } | EngineEventBody::Prompt { .. } => {}
             }
         }
     }

@@ -7,6 +7,7 @@ use lightcone::{
         Batch, BatchSequence, Forward,
         onnx::{OnnxModel, reference::Reference},
     },
+    grammar::Grammars,
     model::{AffineBlock, BLOCK, ModelFile, RopePairs, TokenKind},
     prompt::{PromptModel, Tokenizer},
 };
@@ -163,7 +164,8 @@ fn the_tokenizer_of_a_folder_makes_the_tokens_that_the_file_s_makes() {
         let plain = found.encode(text, false).unwrap();
         assert!(plain.iter().all(|id| found.vocabulary().kinds[*id as usize] != TokenKind::Control), "{text:?}");
     }
-    PromptModel::new(Arc::new(found), 64).expect("a template");
+    let grammars = Arc::new(Grammars::new(Arc::clone(found.vocabulary())));
+    PromptModel::new(Arc::new(found), grammars, 64).expect("a template");
 }
 
 #[test]

@@ -12,6 +12,7 @@ use std::{
 };
 
 use lightcone::{
+    grammar::Grammars,
     model::ModelFile,
     prompt::{PromptModel, Tokenizer},
 };
@@ -40,7 +41,8 @@ fn read(path: &Path) -> Result<(), String> {
     let tokenizer = Tokenizer::new(Arc::clone(&file.vocabulary)).map_err(|error| error.to_string())?;
     let tokens = tokenizer.encode("hello <|a|> wörld", true).map_err(|error| error.to_string())?;
     assert!(tokens.iter().all(|token| (*token as usize) < file.vocabulary.len()));
-    PromptModel::new(Arc::new(tokenizer), 64).map(drop).map_err(|error| error.to_string())
+    let grammars = Arc::new(Grammars::new(Arc::clone(&file.vocabulary)));
+    PromptModel::new(Arc::new(tokenizer), grammars, 64).map(drop).map_err(|error| error.to_string())
 }
 
 /// The same, in a way that survives a panic: that, or too much memory, is the outer error.

@@ -14,6 +14,7 @@ use std::{
 };
 
 use lightcone::{
+    grammar::Grammars,
     model::{Gguf, ModelFile},
     prompt::{PromptModel, Tokenizer},
 };
@@ -253,7 +254,8 @@ fn read(path: &Path) -> Reached {
     if let Ok(tokens) = tokenizer.encode("hello <|a|> wörld", true) {
         assert!(tokens.iter().all(|token| (*token as usize) < file.vocabulary.len()));
     }
-    match PromptModel::new(Arc::new(tokenizer), 64) {
+    let grammars = Arc::new(Grammars::new(Arc::clone(&file.vocabulary)));
+    match PromptModel::new(Arc::new(tokenizer), grammars, 64) {
         Ok(_) => Reached::Prompt,
         Err(_) => Reached::Model,
     }

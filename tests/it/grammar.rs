@@ -218,11 +218,8 @@ fn where_a_call_may_come_up_text_is_free_until_it_does_and_then_the_schema_rules
     let opened = crate::support::engine::tokens(
         "<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\nLet me see. <tool_call>",
     );
-    let answers = served(vec![EngineRequest {
-        prompt: opened,
-        constraint: Some(constraint),
-        ..request("opened", "", 60)
-    }]);
+    let answers =
+        served(vec![EngineRequest { prompt: opened, constraint: Some(constraint), ..request("opened", "", 60) }]);
     let text = format!("Let me see. <tool_call>{}", answers["opened"].0);
     let (plain, calls) = read(&text);
     assert_eq!(plain, "Let me see.");
@@ -281,7 +278,9 @@ fn shapes_that_explode_are_refused_in_good_time() {
         of_text(TextShape::Regex("((a|aa)+)+x{500,5000}(.*y){40}".into())),
         of_json(&json!({ "type": "string", "minLength": 1_000_000, "maxLength": 100_000_000 })),
         of_json(&json!({ "type": "object", "properties": wide })),
-        of_json(&json!({ "$defs": { "a": { "$ref": "#/$defs/b" }, "b": { "$ref": "#/$defs/a" } }, "$ref": "#/$defs/a" })),
+        of_json(
+            &json!({ "$defs": { "a": { "$ref": "#/$defs/b" }, "b": { "$ref": "#/$defs/a" } }, "$ref": "#/$defs/a" }),
+        ),
         of_json(&deep),
     ];
     for shape in shapes {

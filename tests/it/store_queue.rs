@@ -8,8 +8,8 @@ use std::{
 
 use lightcone::{
     domain::{
-        Claim, GrammarSource, Job, ModelId, NanoUsd, NodeId, Price, Priority, ReplyTo, RequestId, SamplingParams, Stops,
-        Telling,
+        Claim, GrammarSource, Job, ModelId, NanoUsd, NodeId, Price, Priority, ReplyTo, RequestId, SamplingParams,
+        Stops, Telling,
     },
     queue::{PublishError, Queue, QueueLimits},
 };

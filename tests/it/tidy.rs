@@ -20,7 +20,10 @@ const ARROWS: [(&str, &str); 21] = [
         "cli",
         "node config catalog edge cluster operator prompt admission queue engine grammar ledger store telemetry model domain",
     ),
-    ("node", "config edge cluster operator prompt admission queue records engine grammar ledger store telemetry model domain"),
+    (
+        "node",
+        "config edge cluster operator prompt admission queue records engine grammar ledger store telemetry model domain",
+    ),
     ("edge", "config prompt admission queue records ledger store telemetry model domain"),
     ("cluster", "config prompt queue engine grammar ledger store telemetry model domain"),
     ("operator", "config admission queue ledger store telemetry domain"),

@@ -140,9 +140,7 @@ pub fn stop_reason(stopped_by: &StoppedBy) -> Value {
 
 /// For each of the prompt's tokens but the first: its own logprob and those of the likeliest, by their ids.
 fn told_prompt(tokens: &[TokenDetail], form: &Form) -> Value {
-    let shown = |token: u32, logprob: f32, rank: u32| {
-        json!({ "logprob": logprob, "rank": rank, "decoded_token": form.shown(token) })
-    };
+    let shown = |token: u32, logprob: f32, rank: u32| json!({ "logprob": logprob, "rank": rank, "decoded_token": form.shown(token) });
     let place = |detail: &TokenDetail| {
         let mut all = Map::new();
         for ((token, logprob), rank) in detail.top.iter().zip(1..) {

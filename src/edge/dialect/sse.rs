@@ -276,9 +276,12 @@ mod tests {
         let events = events(&out);
         assert_eq!((&events[0]["choices"][0]["index"], &events[0]["prompt_token_ids"]), (&json!(3), &json!([7, 8])));
         let choice = &events[1]["choices"][0];
-        assert_eq!(choice["delta"]["tool_calls"][0], json!({
-            "index": 1, "id": "call_x", "type": "function", "function": { "name": "f", "arguments": "" }
-        }));
+        assert_eq!(
+            choice["delta"]["tool_calls"][0],
+            json!({
+                "index": 1, "id": "call_x", "type": "function", "function": { "name": "f", "arguments": "" }
+            })
+        );
         assert_eq!(choice["token_ids"], json!([1]));
         let told = &choice["logprobs"]["content"][0];
         assert_eq!((&told["token"], &told["bytes"], &told["logprob"]), (&json!("b"), &json!([98]), &json!(-0.5)));

@@ -169,7 +169,10 @@ pub(super) fn own_id(fields: &Fields) -> Result<Option<String>, ApiError> {
         return Err(ApiError::field("invalid_value", "request_id", why));
     }
     if id.starts_with("chatcmpl-") {
-        return Err(unsupported("request_id", "must not begin with `chatcmpl-`, which the answer's id does by itself."));
+        return Err(unsupported(
+            "request_id",
+            "must not begin with `chatcmpl-`, which the answer's id does by itself.",
+        ));
     }
     Ok(Some(id.to_owned()))
 }

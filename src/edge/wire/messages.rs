@@ -93,7 +93,9 @@ fn message(fields: &Fields, open: &mut OpenCalls, ignored: &mut Vec<String>) -> 
             ("tool_call_id", Role::Tool) if !is_function => {
                 tool_call_id = fields.text(field, ID_BYTES_MAX)?.map(str::to_owned);
             }
-            ("audio", Role::Assistant) => return Err(unsupported(fields.param(field), "is not supported: this model reads text.")),
+            ("audio", Role::Assistant) => {
+                return Err(unsupported(fields.param(field), "is not supported: this model reads text."));
+            }
             _ => {
                 let name = format!("messages[].{}", shorten(field));
                 if !ignored.contains(&name) && ignored.len() < IGNORED_MAX {

@@ -145,4 +145,3 @@ impl OutputTokensMax {
         Err(ApiError::field("context_length_exceeded", field, why))
     }
 }
-

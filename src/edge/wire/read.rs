@@ -74,7 +74,8 @@ impl<'a> Fields<'a> {
     }
 
     pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
-        let Some(value) = self.typed(name, "an integer", |value| (value.is_i64() || value.is_u64()).then_some(value))?
+        let Some(value) =
+            self.typed(name, "an integer", |value| (value.is_i64() || value.is_u64()).then_some(value))?
         else {
             return Ok(None);
         };

@@ -20,13 +20,9 @@ const INCLUDE_MAX: usize = 16;
 const TOP_LOGPROBS_MAX: i64 = 20;
 const LOGPROBS: &str = "message.output_text.logprobs";
 
-/// What the answer repeats of its request, and what it needs to know beside it.
+/// What the answer repeats of its request.
 #[derive(Clone, Debug)]
 pub struct About {
-    pub previous: Option<String>,
-    pub instructions: Option<String>,
-    /// Of this request alone, without those of earlier ones.
-    pub input: Vec<Message>,
     /// The fields as the answer shows them.
     pub shown: Map<String, Value>,
 }
@@ -62,7 +58,7 @@ pub fn read(body: Body, bounds: Bounds, earlier: Earlier) -> Result<(Request, Ab
     let mut messages = Vec::with_capacity(earlier.len() + input.len() + 1);
     messages.extend(instructions.iter().map(|text| Message::new(Role::System, text.clone())));
     messages.extend(earlier);
-    messages.extend(input.iter().cloned());
+    messages.extend(input);
     if messages.len() > messages_max {
         let why = format!("Invalid 'input': at most {messages_max} messages, with those of earlier responses.");
         return Err(ApiError::field("array_above_max_length", "input", why));
@@ -74,7 +70,6 @@ pub fn read(body: Body, bounds: Bounds, earlier: Earlier) -> Result<(Request, Ab
         _ => None,
     };
     let store = fields.boolean("store")?.unwrap_or(true);
-    let previous = fields.text("previous_response_id", ID_BYTES_MAX)?.map(str::to_owned);
     let shown = shown(&fields, &all, asked, store);
     let conversation = Conversation { tools: told, ..Conversation::new(messages) };
     let request = Request {
@@ -101,7 +96,7 @@ pub fn read(body: Body, bounds: Bounds, earlier: Earlier) -> Result<(Request, Ab
         metadata: fields.map("metadata")?.cloned().unwrap_or_default(),
         ignored,
     };
-    Ok((request, About { previous, instructions, input, shown }))
+    Ok((request, About { shown }))
 }
 
 fn stream_options(fields: &Fields, stream: bool, ignored: &mut Vec<String>) -> Result<(), ApiError> {
@@ -113,7 +108,13 @@ fn stream_options(fields: &Fields, stream: bool, ignored: &mut Vec<String>) -> R
     if options.boolean("include_obfuscation")?.unwrap_or(false) {
         ignored.push(options.param("include_obfuscation"));
     }
-    ignored.extend(options.all().map(|(name, _)| name).filter(|name| *name != "include_obfuscation").map(|name| options.param(name)));
+    ignored.extend(
+        options
+            .all()
+            .map(|(name, _)| name)
+            .filter(|name| *name != "include_obfuscation")
+            .map(|name| options.param(name)),
+    );
     Ok(())
 }
 
@@ -130,7 +131,12 @@ fn logprobs(fields: &Fields) -> Result<Option<u32>, ApiError> {
 }
 
 /// The answer's own account of what was asked for.
-fn shown(fields: &Fields, sampling: &SamplingParams, asked: Option<OutputTokensMax>, store: bool) -> Map<String, Value> {
+fn shown(
+    fields: &Fields,
+    sampling: &SamplingParams,
+    asked: Option<OutputTokensMax>,
+    store: bool,
+) -> Map<String, Value> {
     let given = |name: &str, default: Value| fields.given(name).cloned().unwrap_or(default);
     let text = match fields.given("text").and_then(|text| text.get("format")) {
         Some(format) if !format.is_null() => json!({ "format": format }),

@@ -107,7 +107,9 @@ pub fn field(name: &str) -> Value {
             "continuous_usage_stats": or_null(flag()),
         } }),
         "tools" => json!({ "type": "array", "maxItems": 128, "items": { "$ref": "#/components/schemas/Tool" } }),
-        "functions" => json!({ "type": "array", "maxItems": 128, "items": { "$ref": "#/components/schemas/Function" } }),
+        "functions" => {
+            json!({ "type": "array", "maxItems": 128, "items": { "$ref": "#/components/schemas/Function" } })
+        }
         "tool_choice" => json!({ "anyOf": [
             { "enum": ["none", "auto", "required"] },
             { "type": "object", "properties": { "type": { "const": "function" }, "function": named() },
@@ -140,8 +142,14 @@ pub fn field(name: &str) -> Value {
             json!({ "type": "object" })
         }
         "length_penalty" | "max_tool_calls" => json!({ "type": "number" }),
-        "user" | "safety_identifier" | "prompt_cache_key" | "prompt_cache_retention" | "reasoning_effort"
-        | "verbosity" | "instructions" | "previous_response_id" => json!({ "type": "string" }),
+        "user"
+        | "safety_identifier"
+        | "prompt_cache_key"
+        | "prompt_cache_retention"
+        | "reasoning_effort"
+        | "verbosity"
+        | "instructions"
+        | "previous_response_id" => json!({ "type": "string" }),
         "input" => json!({ "anyOf": [
             { "type": "string" },
             { "type": "array", "minItems": 1, "items": { "$ref": "#/components/schemas/InputItem" } },
@@ -249,9 +257,12 @@ pub fn shared() -> Vec<(&'static str, Value)> {
     vec![
         ("Message", json!({ "anyOf": [spoken(json!(["developer", "system", "user"])), assistant, tool] })),
         ("Function", function),
-        ("Tool", json!({ "type": "object", "required": ["type", "function"], "properties": {
+        (
+            "Tool",
+            json!({ "type": "object", "required": ["type", "function"], "properties": {
             "type": { "const": "function" }, "function": { "$ref": "#/components/schemas/Function" },
-        } })),
+        } }),
+        ),
         ("InputItem", item),
     ]
 }

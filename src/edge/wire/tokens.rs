@@ -1,10 +1,6 @@
 //! Requests about tokens alone.
 
-use super::{
-    Body, fields,
-    messages::messages,
-    read::Fields,
-};
+use super::{Body, fields, messages::messages, read::Fields};
 use crate::{
     edge::error::ApiError,
     prompt::{Asked, Conversation},

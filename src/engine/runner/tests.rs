@@ -12,7 +12,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    domain::{FinishReason, Priority, RequestId, SamplingParams, Stops, Telling, Usage},
+    domain::{FinishReason, Priority, SamplingParams, Stops, Telling, Usage},
     engine::text::{Progress, TextAssembler},
 };
 
@@ -188,9 +188,10 @@ fn wished(request: &EngineRequest, tokens: &[u32]) -> Vec<f32> {
     for (token, logit) in (0u32..).zip(&mut left) {
         let ends = token == 0 && !request.stops.ignore_eos || request.stops.tokens.contains(&token);
         let is_early = ends && answer.len() < wishes.min_tokens as usize;
-        let is_bad = wishes.bad_words.iter().any(|word| {
-            word.last() == Some(&token) && answer.ends_with(&word[..word.len() - 1])
-        });
+        let is_bad = wishes
+            .bad_words
+            .iter()
+            .any(|word| word.last() == Some(&token) && answer.ends_with(&word[..word.len() - 1]));
         if is_early || is_bad || wishes.allowed_tokens.as_ref().is_some_and(|allowed| !allowed.contains(&token)) {
             *logit = f32::NEG_INFINITY;
         }
@@ -478,15 +479,24 @@ fn the_choices_of_a_request_are_answers_of_their_own_and_go_together() {
     runner.step().unwrap();
     cancel(&mut runner, "r");
     assert!(runner.is_idle());
-    let cancelled = |event: &&EngineEvent| {
-        matches!(event.body, EngineEventBody::Finished { reason: FinishReason::Cancelled, .. })
-    };
+    let cancelled =
+        |event: &&EngineEvent| matches!(event.body, EngineEventBody::Finished { reason: FinishReason::Cancelled, .. });
     assert_eq!(runner.events.iter().filter(cancelled).count(), 3);
 }
 
 #[derive(Clone, Debug)]
 enum Act {
-    Submit { text: u8, prompt: usize, tail: u8, output: u32, temperature: f32, class: u8, lane: u8, eos: bool, wish: u32 },
+    Submit {
+        text: u8,
+        prompt: usize,
+        tail: u8,
+        output: u32,
+        temperature: f32,
+        class: u8,
+        lane: u8,
+        eos: bool,
+        wish: u32,
+    },
     Cancel(usize),
     Step(usize),
 }
@@ -529,12 +539,11 @@ fn wish_for(request: &mut EngineRequest, wish: u32) {
 }
 
 fn acts() -> impl Strategy<Value = Vec<Act>> {
-    let submit = (0u8..3, 1usize..40, 0u8..3, 1u32..30, 0u8..3, (0u8..3, 0u8..2), any::<bool>(), any::<u32>()).prop_map(
-        |(text, prompt, tail, output, temperature, (class, lane), eos, wish)| {
+    let submit = (0u8..3, 1usize..40, 0u8..3, 1u32..30, 0u8..3, (0u8..3, 0u8..2), any::<bool>(), any::<u32>())
+        .prop_map(|(text, prompt, tail, output, temperature, (class, lane), eos, wish)| {
             let temperature = f32::from(temperature) * 0.5;
             Act::Submit { text, prompt, tail, output, temperature, class, lane, eos, wish }
-        },
-    );
+        });
     let act = prop_oneof![4 => submit, 1 => (0usize..20).prop_map(Act::Cancel), 4 => (1usize..12).prop_map(Act::Step)];
     prop::collection::vec(act, 1..40)
 }
