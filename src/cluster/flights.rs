@@ -287,9 +287,9 @@ mod tests {
         let accepted = flights.take_in(&[claim("a", "edge")], 1);
         assert_eq!(accepted[0].event.seq, 0);
         let step = flights.advance(vec![delta("a"), delta("a"), finished("a"), delta("a")], 1);
-        assert_eq!(step.events.iter().map(|out| out.event.seq).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(step.events.iter().map(|out| out.event.seq).collect::<Vec<_>>(), [1, 2, 3]);
         assert_eq!(step.landings.len(), 1);
-        assert_eq!(step.landings[0].seq, 3);
+        assert_eq!(step.landings[0].seq, 4);
         assert!(flights.fail(|_, _| true, FailureCode::WorkerFailed, "late").is_empty());
         assert_eq!(flights.count(), (0, 1));
         flights.left(&"a".into());

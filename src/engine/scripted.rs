@@ -63,7 +63,7 @@ impl Forward for Scripted {
             }
             for last in 0..sequence.logits_rows {
                 let seen = sequence.computed + sequence.rows - sequence.logits_rows + last + 1;
-                self.answer(sequence, &text, seen - sequence.prompt_tokens)?;
+                self.answer(sequence, &text, seen.saturating_sub(sequence.prompt_tokens))?;
             }
         }
         Ok(&self.logits)

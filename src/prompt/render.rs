@@ -73,6 +73,12 @@ impl ControlTokens {
         pieces
     }
 
+    /// The same for the name of a field, which must stay what it is for the template to find it: only a control token
+    /// that it holds as a whole gets a mark. Its neighbours on paper are quotes, or values that have their own marks.
+    pub(super) fn defuse_name<'a>(&self, text: &'a str, mark: &Mark) -> Cow<'a, str> {
+        if self.longest.is_match(text) { self.defuse(text, mark) } else { Cow::Borrowed(text) }
+    }
+
     /// `text` with a mark inside everything that is, or may become, a control token.
     pub(super) fn defuse<'a>(&self, text: &'a str, mark: &Mark) -> Cow<'a, str> {
         let after_first = |at: usize| at + text[at..].chars().next().map_or(0, char::len_utf8);

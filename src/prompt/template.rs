@@ -74,7 +74,7 @@ impl Template {
         use_pieces: impl FnOnce(&[Piece]) -> T,
     ) -> Result<T, PromptError> {
         let (mark, end) = (Mark::random(), Mark::random());
-        let defuse = |text: &str| self.control.defuse(text, &mark).into_owned();
+        let defuser = Defuser { control: &self.control, mark: &mark };
         let plain;
         let (messages, tools) = if self.knows_tools {
             (&conversation.messages, conversation.tools.iter().map(tools::shown).collect())
@@ -82,16 +82,16 @@ impl Template {
             plain = tools::spelled_out(&conversation.messages, &conversation.tools);
             (&plain, Vec::new())
         };
-        let mut shown: Vec<Shown> = messages.iter().map(|message| self.shown(message, &defuse)).collect();
+        let mut shown: Vec<Shown> = messages.iter().map(|message| self.shown(message, &defuser)).collect();
         if conversation.continues_last
             && let Some(last) = shown.last_mut()
         {
             last.content.push_str(end.as_str());
         }
-        let defused = |values: &[Json]| values.iter().map(|value| defuse_all(value, &defuse)).collect::<Vec<_>>();
+        let defused = |values: &[Json]| values.iter().map(|value| defuser.all(value)).collect::<Vec<_>>();
         let optional =
             |values: Vec<Json>| if values.is_empty() { Value::UNDEFINED } else { Value::from(Serde(values)) };
-        let Json::Object(variables) = defuse_all(&Json::Object(conversation.variables.clone()), &defuse) else {
+        let Json::Object(variables) = defuser.all(&Json::Object(conversation.variables.clone())) else {
             unreachable!("an object stays one")
         };
         let template = self.environment.get_template(NAME).map_err(broken)?;
@@ -119,17 +119,17 @@ impl Template {
         Ok(use_pieces(&self.control.split(&text, &mark)))
     }
 
-    fn shown(&self, message: &Message, defuse: &impl Fn(&str) -> String) -> Shown {
+    fn shown(&self, message: &Message, defuser: &Defuser) -> Shown {
         Shown {
             // A template that was not taught the newer role gets the older one of the same meaning.
             role: match message.role {
                 Role::Developer if !self.knows_developer => Role::System,
                 role => role,
             },
-            content: defuse(&message.content),
-            name: message.name.as_deref().map(defuse),
-            tool_calls: message.tool_calls.iter().map(|call| shown_call(call, defuse)).collect(),
-            tool_call_id: message.tool_call_id.as_deref().map(defuse),
+            content: defuser.text(&message.content),
+            name: message.name.as_deref().map(|name| defuser.text(name)),
+            tool_calls: message.tool_calls.iter().map(|call| shown_call(call, defuser)).collect(),
+            tool_call_id: message.tool_call_id.as_deref().map(|id| defuser.text(id)),
         }
     }
 }
@@ -148,24 +148,38 @@ struct Shown {
 }
 
 /// Templates want the arguments as an object.
-fn shown_call(call: &ToolCall, defuse: &impl Fn(&str) -> String) -> Json {
+fn shown_call(call: &ToolCall, defuser: &Defuser) -> Json {
     let arguments = match serde_json::from_str(&call.arguments) {
-        Ok(arguments @ Json::Object(_)) => defuse_all(&arguments, defuse),
-        _ => Json::from(defuse(&call.arguments)),
+        Ok(arguments @ Json::Object(_)) => defuser.all(&arguments),
+        _ => Json::from(defuser.text(&call.arguments)),
     };
-    let function = serde_json::json!({ "name": defuse(&call.name), "arguments": arguments });
-    serde_json::json!({ "id": defuse(&call.id), "type": "function", "function": function })
+    let function = serde_json::json!({ "name": defuser.text(&call.name), "arguments": arguments });
+    serde_json::json!({ "id": defuser.text(&call.id), "type": "function", "function": function })
 }
 
-/// Every text of a value, keys included. Its depth was bounded when it was parsed.
-fn defuse_all(value: &Json, defuse: &impl Fn(&str) -> String) -> Json {
-    match value {
-        Json::String(text) => Json::from(defuse(text)),
-        Json::Array(items) => items.iter().map(|item| defuse_all(item, defuse)).collect(),
-        Json::Object(fields) => Json::Object(
-            fields.iter().map(|(key, value)| (defuse(key), defuse_all(value, defuse))).collect::<Map<_, _>>(),
-        ),
-        other => other.clone(),
+/// Keeps what a client wrote from becoming control tokens.
+struct Defuser<'a> {
+    control: &'a ControlTokens,
+    mark: &'a Mark,
+}
+
+impl Defuser<'_> {
+    fn text(&self, text: &str) -> String {
+        self.control.defuse(text, self.mark).into_owned()
+    }
+
+    /// Every text of a value, and the names in it. Its depth was bounded when it was parsed.
+    fn all(&self, value: &Json) -> Json {
+        match value {
+            Json::String(text) => Json::from(self.text(text)),
+            Json::Array(items) => items.iter().map(|item| self.all(item)).collect(),
+            Json::Object(fields) => {
+                let name = |name: &str| self.control.defuse_name(name, self.mark).into_owned();
+                let fields = fields.iter().map(|(key, value)| (name(key), self.all(value)));
+                Json::Object(fields.collect::<Map<_, _>>())
+            }
+            other => other.clone(),
+        }
     }
 }
 

@@ -27,6 +27,7 @@ pub fn body(table: Table, required: &[&str], of_responses: bool) -> Value {
 /// `null` means the default in every field that need not be there.
 fn or_null(schema: Value) -> Value {
     match schema.get("type") {
+        Some(Value::String(kind)) if kind == "null" => schema,
         Some(Value::String(kind)) => {
             let kind = kind.clone();
             let mut schema = schema;

@@ -81,7 +81,7 @@ impl Forward for Witness {
             for position in end - s.logits_rows..end {
                 let known = &s.tokens[..=position];
                 self.logits.extend(opinion(known));
-                if known[..s.prompt_tokens].contains(&POISON) {
+                if known[..s.prompt_tokens.min(known.len())].contains(&POISON) {
                     *self.logits.last_mut().unwrap() = f32::NAN;
                 }
             }
