@@ -58,13 +58,12 @@ impl CallReader {
         said
     }
 
-    /// What is left when no more comes. The beginning of a call that never had a name is text after all.
+    /// What is left when no more comes. A call that broke off before its arguments comes to nothing: its tags are
+    /// ours, and no text.
     pub fn finish(&mut self) -> Vec<Said> {
-        let mut rest = std::mem::take(&mut self.held);
-        match self.state {
-            State::Head => rest.insert_str(0, CALL_OPEN),
-            State::Text => {}
-            State::Arguments(_) | State::Tail => return Vec::new(),
+        let rest = std::mem::take(&mut self.held);
+        if !matches!(self.state, State::Text) {
+            return Vec::new();
         }
         if rest.is_empty() { Vec::new() } else { vec![Said::Text(rest)] }
     }
@@ -236,7 +235,7 @@ mod tests {
         assert_eq!(text, "Let me <b>look</b>.");
         assert!(!calls[0].2 && calls[0].1.starts_with("{\"x\""), "{calls:?}");
         assert_eq!(joined(["a <tool".to_owned()].into_iter()).0, "a <tool");
-        assert_eq!(joined(["a <tool_call>\n{\"na".to_owned()].into_iter()).0, "a<tool_call>\n{\"na");
+        assert_eq!(joined(["a <tool_call>\n{\"na".to_owned()].into_iter()).0, "a");
         assert_eq!(joined(["ends in blanks \n".to_owned()].into_iter()).0, "ends in blanks \n");
     }
 

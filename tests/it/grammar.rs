@@ -222,12 +222,12 @@ fn where_a_call_may_come_up_text_is_free_until_it_does_and_then_the_schema_rules
         served(vec![EngineRequest { prompt: opened, constraint: Some(constraint), ..request("opened", "", 60) }]);
     let text = format!("Let me see. <tool_call>{}", answers["opened"].0);
     let (plain, calls) = read(&text);
-    assert_eq!(plain, "Let me see.");
+    assert_eq!(plain, "Let me see.", "{:?}", answers["opened"]);
     assert!(["weather", "add-up"].contains(&calls[0].0.as_str()) && calls[0].2, "{text:?}");
 }
 
 #[test]
-fn an_answer_is_the_same_whoever_is_held_beside_it_and_after_a_preemption() {
+fn an_answer_is_the_same_whoever_is_held_beside_it() {
     let schemas = schemas();
     let of = |i: usize| held(&i.to_string(), "Give me an example in JSON.", &of_json(&schemas[i]), 40);
     let chosen = [9, 21, 25, 33, 37, 38];
@@ -235,10 +235,6 @@ fn an_answer_is_the_same_whoever_is_held_beside_it_and_after_a_preemption() {
     for i in chosen {
         let alone = Served::spawn(spec(1, 17, 64)).answers(vec![of(i)]);
         assert_eq!(alone[&i.to_string()], together[&i.to_string()], "{i}");
-    }
-    let cramped = Served::spawn(spec(6, 33, 12)).answers(chosen.iter().map(|i| of(*i)).collect());
-    for i in chosen {
-        assert_eq!(cramped[&i.to_string()].0, together[&i.to_string()].0, "{i}");
     }
 }
 
