@@ -265,7 +265,7 @@ async fn wrong_paths_methods_and_content_types_are_told_apart() {
     }
     for (method, path, allow) in [
         ("PUT", "/v1/chat/completions", "GET, POST"),
-        ("PUT", "/chat/completions", "POST"),
+        ("PUT", "/chat/completions", "GET, POST"),
         ("DELETE", "/v1/models", "GET"),
         ("POST", "/models/x", "GET"),
         ("POST", "/metrics", "GET"),
