@@ -241,9 +241,8 @@ pub fn record(
     state.tasks.spawn_on(
         async move {
             let state = state_;
-            let making = async {
-                if is_stream { stream_into(telling, &into).await } else { whole(telling, &state).await }
-            };
+            let making =
+                async { if is_stream { stream_into(telling, &into).await } else { whole(telling, &state).await } };
             let outcome = renewing(&state, &key, making).await;
             let kept = match &outcome {
                 Ok(last) => {
