@@ -205,7 +205,7 @@ impl Random {
         }
         for _ in 0..self.below(7) {
             let name = self.pick(names).clone();
-            let value = if self.one_in(5) { self.wild(3) } else { self.field(path, &name) };
+            let value = if self.one_in(12) { self.wild(3) } else { self.field(path, &name) };
             body.insert(name, value);
         }
         // What often goes together.
