@@ -26,7 +26,7 @@ use super::{
 use crate::{
     admission::{Principal, Rates, Scope},
     domain::ModelId,
-    prompt::{Asked, Role},
+    prompt::Asked,
     records::{Key, Once},
 };
 
@@ -261,9 +261,8 @@ async fn run<D: Dialect>(
     }
     let keeping = D::KEPT_AS.filter(|_| request.store).map(|kind| (principal.tenant.clone(), kind));
     let conversation = match &request.ask.prompt {
-        // What a system message said holds for its own request.
         Asked::Conversation(conversation) if keeping.is_some() => {
-            conversation.messages.iter().filter(|message| message.role != Role::System).cloned().collect()
+            conversation.messages.iter().skip(request.instructions).cloned().collect()
         }
         _ => Vec::new(),
     };

@@ -39,7 +39,18 @@ struct Pricing {
     output_per_million_tokens: Option<String>,
 }
 
-const FEATURES: &[&str] = &["chat", "streaming", "seed", "stop"];
+const FEATURES: &[&str] = &[
+    "chat",
+    "completions",
+    "responses",
+    "streaming",
+    "tools",
+    "structured_outputs",
+    "logprobs",
+    "logit_bias",
+    "seed",
+    "stop",
+];
 
 impl<'a> Model<'a> {
     fn new(id: &'a ModelId, model: &'a ServedModel) -> Self {

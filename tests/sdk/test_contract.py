@@ -233,6 +233,12 @@ class ResponsesTest(unittest.TestCase):
             self.assertEqual(c.responses.retrieve(first.id).output_text, first.output_text)
             second = c.responses.create(input="And goodbye.", previous_response_id=first.id, **self.ASK)
             self.assertGreater(second.usage.input_tokens, first.usage.input_tokens + first.usage.output_tokens)
+            # Instructions hold for their own request only, what the conversation says of the system for all of it.
+            told = [{"role": "system", "content": "You keep a light. " * 8}, {"role": "user", "content": "Hello."}]
+            third = c.responses.create(input=told, instructions="Be brief. " * 20, **self.ASK)
+            fourth = c.responses.create(input="And?", previous_response_id=third.id, **self.ASK)
+            self.assertGreater(fourth.usage.input_tokens, 40)
+            self.assertLess(fourth.usage.input_tokens, third.usage.input_tokens + third.usage.output_tokens)
             c.responses.delete(first.id)
             with self.assertRaises(openai.NotFoundError):
                 c.responses.retrieve(first.id)

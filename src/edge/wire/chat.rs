@@ -84,6 +84,7 @@ pub fn read(body: Body, bounds: Bounds) -> Result<(Request, StreamOptions), ApiE
         own_id: own_id(&fields)?,
         stream: stream.is_some(),
         store,
+        instructions: 0,
         metadata,
         ignored,
     };

@@ -68,6 +68,7 @@ pub fn read(body: Body, bounds: Bounds) -> Result<(Request, StreamOptions), ApiE
         own_id: chat::own_id(&fields)?,
         stream: stream.is_some(),
         store: false,
+        instructions: 0,
         metadata: Map::new(),
         ignored,
     };

@@ -46,6 +46,8 @@ pub struct Request {
     pub own_id: Option<String>,
     pub stream: bool,
     pub store: bool,
+    /// Messages in front that hold for this request only.
+    pub instructions: usize,
     pub metadata: Map<String, Value>,
     /// Fields that had no effect, for the client to know.
     pub ignored: Vec<String>,

@@ -93,6 +93,7 @@ pub fn read(body: Body, bounds: Bounds, earlier: Earlier) -> Result<(Request, Ab
         own_id: None,
         stream,
         store,
+        instructions: usize::from(instructions.is_some()),
         metadata: fields.map("metadata")?.cloned().unwrap_or_default(),
         ignored,
     };
