@@ -105,3 +105,65 @@ async fn a_client_that_leaves_is_cancelled_at_a_worker_of_another_process() {
     let charged = split.charged();
     assert!(charged > 0 && charged < 400 * 300, "{charged}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_is_cancelled_from_another_edge_and_ends_with_what_was_used() {
+    let split = Split::start();
+    let other = split.home.start(&["--role", "edge", "--redis-url", &split.redis.url]);
+    let _worker = split.worker();
+    let mut answer = split.edge.ask(&split.key, "slowly <<slow:20>>", 400).await;
+    let first = answer.next().await.expect("an event");
+    let first: serde_json::Value = serde_json::from_str(&first).expect("JSON");
+    let id = first["id"].as_str().expect("an id").to_owned();
+    answer.begun().await;
+    let http = reqwest::Client::new();
+    let cancel = |id: String| {
+        let request = http.post(format!("{}/v1/chat/completions/{id}/cancel", other.url)).bearer_auth(&split.key);
+        async move { request.send().await.expect("an answer").status().as_u16() }
+    };
+    assert_eq!(cancel("chatcmpl-unknown".to_owned()).await, 404);
+    assert_eq!(cancel(id.clone()).await, 200);
+    let told = answer.rest().await;
+    assert!(told.done && told.error.is_none(), "{told:?}");
+    let usage = told.usage.expect("usage");
+    let tokens = usage["completion_tokens"].as_i64().expect("a number");
+    assert!((1..400).contains(&tokens), "{usage}");
+    assert_eq!(split.charged(), usage["prompt_tokens"].as_i64().expect("a number") * 200 + tokens * 300);
+    assert_eq!(cancel(id).await, 404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_key_is_one_generation_on_two_edges() {
+    let split = Split::start();
+    let other = split.home.start(&["--role", "edge", "--redis-url", &split.redis.url]);
+    let _worker = split.worker();
+    let body = serde_json::json!({
+        "messages": [{ "role": "user", "content": "slowly <<slow:10>>" }], "max_tokens": 60, "ignore_eos": true,
+        "stream": true, "stream_options": { "include_usage": true },
+    });
+    let http = reqwest::Client::new();
+    let ask = |url: &str, after: usize| {
+        let request = http.post(format!("{url}/v1/chat/completions")).bearer_auth(&split.key);
+        let request = request.header("content-type", "application/json").header("idempotency-key", "twice");
+        let request = request.header("last-event-id", after.to_string()).body(body.to_string());
+        async move {
+            let text = request.send().await.expect("an answer").text().await.expect("a body");
+            text.split_inclusive("\n\n").filter(|event| !event.starts_with(':')).collect::<String>()
+        }
+    };
+    let later = async {
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+        ask(&other.url, 0).await
+    };
+    let (first, second) = tokio::join!(ask(&split.edge.url, 0), later);
+    assert!(first.ends_with("data: [DONE]\n\n"), "{first}");
+    assert_eq!(first, second);
+    let events: Vec<&str> = first.split_inclusive("\n\n").collect();
+    assert_eq!(ask(&other.url, 7).await, events[7..].concat());
+    let usage: serde_json::Value = serde_json::from_str(
+        events[events.len() - 2].lines().find_map(|line| line.strip_prefix("data: ")).expect("data"),
+    )
+    .expect("JSON");
+    let prompt = usage["usage"]["prompt_tokens"].as_i64().expect("a number");
+    assert_eq!(split.charged(), prompt * 200 + 60 * 300);
+}
