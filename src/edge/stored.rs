@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::{answer::Whole, auth::authenticate, error::ApiError, generation::unix_ms, state::EdgeState};
 use crate::{
@@ -127,12 +128,37 @@ async fn delete(
     state: &EdgeState,
     id: &str,
     kind: &str,
-    object: &str,
+    object: &'static str,
 ) -> Result<HttpResponse, ApiError> {
     let (tenant, _) = found(http, state, id, kind).await?;
     state.records.delete(&tenant, id).await.map_err(store_failed)?;
-    Ok(HttpResponse::Ok().json(json!({ "id": id, "object": object, "deleted": true })))
+    Ok(HttpResponse::Ok().json(Deleted { id, object, deleted: true }))
 }
+
+#[derive(JsonSchema, Serialize)]
+pub struct Deleted<'a> {
+    id: &'a str,
+    #[schemars(extend("enum" = ["chat.completion.deleted", "response.deleted"]))]
+    object: &'static str,
+    #[schemars(extend("const" = true))]
+    deleted: bool,
+}
+
+#[derive(JsonSchema, Serialize)]
+pub struct ChatList<'a> {
+    #[schemars(extend("const" = "list"))]
+    object: &'static str,
+    #[schemars(with = "Vec<Stored>")]
+    data: Vec<Value>,
+    first_id: Option<&'a str>,
+    last_id: Option<&'a str>,
+    has_more: bool,
+}
+
+/// Stands for what is kept as it was answered.
+#[derive(JsonSchema)]
+#[schemars(extend("$ref" = "#/components/schemas/StoredChatCompletion"))]
+struct Stored {}
 
 #[derive(Deserialize)]
 pub struct Page {
@@ -147,6 +173,9 @@ pub async fn list_chat(
     state: web::Data<EdgeState>,
 ) -> Result<HttpResponse, ApiError> {
     let principal = authenticate(&http, &state).await?;
+    if !principal.may(Scope::Chat) {
+        return Err(ApiError::permission_denied("This API key may not read completions."));
+    }
     let limit = page.limit.unwrap_or(PAGE);
     if !(1..=PAGE_MAX).contains(&limit) {
         let why = format!("Invalid 'limit': expected a value from 1 to {PAGE_MAX}, but got {limit}.");
@@ -155,11 +184,9 @@ pub async fn list_chat(
     let listed = state.records.list(&principal.tenant, CHAT, page.after.as_deref(), limit).await;
     let (records, has_more) = listed.map_err(store_failed)?;
     let data: Vec<Value> = records.iter().filter_map(|record| serde_json::from_slice(&record.answer).ok()).collect();
-    let id = |record: Option<&Record>| record.map(|record| record.id.clone());
-    Ok(HttpResponse::Ok().json(json!({
-        "object": "list", "data": data, "first_id": id(records.first()), "last_id": id(records.last()),
-        "has_more": has_more,
-    })))
+    let first_id = records.first().map(|record| record.id.as_str());
+    let last_id = records.last().map(|record| record.id.as_str());
+    Ok(HttpResponse::Ok().json(ChatList { object: "list", data, first_id, last_id, has_more }))
 }
 
 /// What an earlier response and those before it said.
