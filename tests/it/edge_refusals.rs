@@ -268,7 +268,7 @@ async fn wrong_paths_methods_and_content_types_are_told_apart() {
         ("PUT", "/chat/completions", "GET, POST"),
         ("DELETE", "/v1/models", "GET"),
         ("POST", "/models/x", "GET"),
-        ("POST", "/metrics", "GET"),
+        ("POST", "/metrics", "GET, HEAD"),
     ] {
         let answer = front.http.request(method.parse().unwrap(), url(path)).send().await.unwrap();
         assert_eq!(answer.headers()["allow"], allow);

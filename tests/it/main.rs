@@ -15,6 +15,7 @@ mod genai_hostile;
 mod gguf_hostile;
 mod grammar;
 mod models;
+mod openapi;
 mod store_accounts;
 mod store_money;
 mod store_outage;

@@ -77,6 +77,8 @@ def conform(node, examples, seed, seconds_max, tally):
         tally.check(f"{case.get('name')} is as documented", "\n".join(faults) or None)
     generated, operations = told["test_cases"]["generated"], told["operations"]
     statuses = {phase: told["phases"][phase]["status"] for phase in PHASES}
+    for name, phases in told["valid_rates"].items():
+        print(f"{name}: {phases}")
     print(f"{generated} requests of {operations['tested']} operations, seed {seed}; {statuses}")
     tally.check("every operation was tested", None if operations["tested"] == operations["total"] else str(operations))
     skipped = [phase for phase, status in statuses.items() if status in ("skip", "interrupted", "error")]
@@ -103,7 +105,8 @@ def main():
         if fault is None:
             document = json.loads(get(node.url + "/openapi.json"))
             tally.check("the document is OpenAPI 3.1", is_openapi(document))
-            tally.check("the page shows every path and fetches nothing", page_has_everything(document, get(node.url + "/docs")))
+            page = get(node.url + "/docs")
+            tally.check("the page shows every path and fetches nothing", page_has_everything(document, page))
             conform(node, arguments.examples, arguments.seed, arguments.seconds, tally)
             tally.check("the ledger balances after all of it", node.verify_ledger())
             tally.check("Ctrl-C drains the node and leaves no process behind", node.stop())

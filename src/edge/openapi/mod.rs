@@ -192,7 +192,7 @@ fn parameters() -> Value {
         "last-event-id": {
             "name": "Last-Event-ID", "in": "header",
             "description": "With the Idempotency-Key of a stream: its events behind this one.",
-            "schema": { "type": "string", "pattern": "^[0-9]{1,9}$" },
+            "schema": { "type": "string", "pattern": "^[0-9]{0,9}$" },
         },
     })
 }
@@ -233,7 +233,7 @@ fn examples(body: &str, model: &str) -> Vec<(&'static str, Value)> {
             (
                 "tool",
                 json!({
-                    "model": model, "messages": asks(), "max_completion_tokens": 64, "tool_choice": "required",
+                    "model": model, "messages": asks(), "max_completion_tokens": 64, "stream": true, "tool_choice": "required",
                     "tools": [{ "type": "function", "function": {
                         "name": "greet", "description": "Greets somebody",
                         "parameters": { "type": "object", "properties": { "name": { "type": "string" } },

@@ -10,7 +10,7 @@ const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;mar
     details>div{padding:0 .8rem .6rem;border-top:1px solid #d5dae0}h2{margin:2rem 0 .4rem;font-size:1.1rem}\
     h3{font-size:.8rem;margin:1rem 0 .2rem;color:#57606a;text-transform:uppercase;letter-spacing:.05em}\
     .m{display:inline-block;min-width:4.2rem;font:700 12px ui-monospace,monospace}.POST{color:#116329}\
-    .GET{color:#0550ae}.DELETE{color:#a40e26}.HEAD{color:#57606a}.a{color:#57606a;margin-left:.6rem}\
+    .p{display:inline-block;min-width:21rem}.k{color:#57606a}.GET{color:#0550ae}.DELETE{color:#a40e26}.HEAD{color:#57606a}.a{color:#57606a;margin-left:.6rem}\
     table{border-collapse:collapse;width:100%}td{border-top:1px solid #eaeef2;padding:.2rem .6rem .2rem 0;\
     vertical-align:top}tr:first-child td{border-top:0}td:first-child{white-space:nowrap;width:1%}\
     pre{background:#f6f8fa;border-radius:6px;padding:.6rem;margin:.3rem 0;overflow-x:auto}\
@@ -20,7 +20,7 @@ const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;mar
 /// Every operation with what it takes and answers, then the schemas that these refer to.
 pub fn render(document: &Value) -> String {
     let mut page = String::new();
-    let (title, about) = (escaped(text(&document["info"]["title"])), escaped(text(&document["info"]["description"])));
+    let (title, about) = (escaped(text(&document["info"]["title"])), marked(text(&document["info"]["description"])));
     let _ = write!(
         page,
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
@@ -36,7 +36,7 @@ pub fn render(document: &Value) -> String {
     }
     page.push_str("<h2>Schemas</h2>");
     for (name, schema) in pairs(&document["components"]["schemas"]) {
-        let _ = write!(page, "<details id=\"{0}\"><summary><code>{0}</code></summary><div>", escaped(name));
+        let _ = write!(page, "<details><summary><code>{0}</code></summary><div id=\"{0}\">", escaped(name));
         write_schema(schema, &mut page);
         page.push_str("</div></details>");
     }
@@ -48,8 +48,8 @@ fn write_operation(document: &Value, path: &str, method: &str, operation: &Value
     let (path, summary) = (escaped(path), escaped(text(&operation["summary"])));
     let _ = write!(
         page,
-        "<details id=\"{}\"><summary><span class=\"m {method}\">{method}</span> <code>{path}</code>\
-         <span class=a>{summary}</span></summary><div>",
+        "<details><summary><span class=\"m {method}\">{method}</span> <code class=p>{path}</code>\
+         <span class=a>{summary}</span></summary><div id=\"{}\">",
         escaped(text(&operation["operationId"]))
     );
     if operation["security"].as_array().is_some_and(Vec::is_empty) {
@@ -60,7 +60,7 @@ fn write_operation(document: &Value, path: &str, method: &str, operation: &Value
         page.push_str("<h3>Parameters</h3><table>");
         for parameter in parameters.iter().map(|parameter| resolved(document, parameter)) {
             let (name, place) = (escaped(text(&parameter["name"])), escaped(text(&parameter["in"])));
-            let about = escaped(text(&parameter["description"]));
+            let about = marked(text(&parameter["description"]));
             let _ = write!(
                 page,
                 "<tr><td><code>{name}</code><td>{place}<td><code>{}</code> {about}",
@@ -73,14 +73,16 @@ fn write_operation(document: &Value, path: &str, method: &str, operation: &Value
     if media.is_object() {
         let _ = write!(page, "<h3>Body</h3><p><code>{}</code></p>", told(&media["schema"]));
         for (_, example) in pairs(&media["examples"]) {
-            let _ = write!(page, "<pre>{}</pre>", escaped(&example["value"].to_string()));
+            let _ = write!(page, "<pre>{}</pre>", escaped(&format!("{:#}", example["value"])));
         }
     }
     page.push_str("<h3>Answers</h3><table>");
     for (status, answer) in pairs(&operation["responses"]) {
         let answer = resolved(document, answer);
         let kinds: Vec<String> = pairs(&answer["content"])
-            .map(|(kind, media)| format!("{} <code>{}</code>", escaped(kind), told(&media["schema"])))
+            .map(|(kind, media)| {
+                format!("<span class=k>{}</span> <code>{}</code>", escaped(kind), told(&media["schema"]))
+            })
             .collect();
         let about = escaped(text(&answer["description"]));
         let headers: Vec<String> = pairs(&answer["headers"]).map(|(name, _)| escaped(name)).collect();
@@ -104,7 +106,7 @@ fn write_schema(schema: &Value, page: &mut String) {
     for (name, field) in pairs(&schema["properties"]) {
         let required = schema["required"].as_array().is_some_and(|all| all.iter().any(|other| other == name));
         let mark = if required { " *" } else { "" };
-        let about = escaped(text(&field["description"]));
+        let about = marked(text(&field["description"]));
         let _ = write!(page, "<tr><td><code>{}{mark}</code><td><code>{}</code> {about}", escaped(name), told(field));
     }
     page.push_str("</table>");
@@ -117,6 +119,9 @@ fn write_schema(schema: &Value, page: &mut String) {
 fn told(schema: &Value) -> String {
     if let Some(name) = schema["$ref"].as_str().and_then(|reference| reference.rsplit('/').next()) {
         return format!("<a href=\"#{0}\">{0}</a>", escaped(name));
+    }
+    if schema["contentSchema"].is_object() {
+        return told(&schema["contentSchema"]);
     }
     if let Some(choices) = ["anyOf", "oneOf"].iter().find_map(|key| schema[*key].as_array()) {
         return choices.iter().map(told).collect::<Vec<_>>().join(" | ");
@@ -169,6 +174,13 @@ fn pairs(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
 
 fn text(value: &Value) -> &str {
     value.as_str().unwrap_or_default()
+}
+
+/// With what stands between backticks as code.
+fn marked(text: &str) -> String {
+    let pieces = escaped(text).split('`').map(str::to_owned).collect::<Vec<_>>();
+    let mark = |(i, piece): (usize, &String)| if i % 2 == 1 { format!("<code>{piece}</code>") } else { piece.clone() };
+    pieces.iter().enumerate().map(mark).collect()
 }
 
 fn escaped(text: &str) -> String {
