@@ -1,7 +1,7 @@
 //! What the engine's scheduling does for speed, without HTTP: what a long prompt costs running streams, what
-//! a known prefix saves, what guessing ahead gains and loses. Prints figures and judges nothing.
+//! a known prefix saves, what guessing ahead gains and loses, what it costs to hold answers to a form. Prints figures and judges nothing.
 //!
-//! `cargo run --release --example engine-schedule [-- DATA_DIR]`
+//! `cargo run --release --example engine-schedule [-- DATA_DIR [disturb|prefix|guesses|grammars]]`
 
 use std::{
     collections::BTreeMap,
@@ -17,10 +17,12 @@ use lightcone::{
         self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec, Speculation,
         onnx::{OnnxRuntime, RuntimeOptions},
     },
+    grammar::Grammars,
     model::ModelFile,
-    prompt::Tokenizer,
+    prompt::{Shape, TextShape, Tokenizer, Whitespace},
     telemetry::Metrics,
 };
+use serde_json::json;
 use tokio::sync::mpsc;
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -38,6 +40,8 @@ struct Bench {
 struct Running {
     handle: EngineHandle,
     events: mpsc::Receiver<EngineMessage>,
+    /// When each step was told of.
+    steps: Vec<Instant>,
 }
 
 /// Arrival times of a request's pieces of text, and its tokens.
@@ -56,12 +60,22 @@ fn main() -> Outcome<()> {
     let file = ModelFile::open(&data_dir.join("models/SmolLM2-135M-Instruct.Q4_1.gguf"))?;
     let tokenizer = Tokenizer::new(Arc::clone(&file.vocabulary))?;
     let mut bench = Bench { runtime: OnnxRuntime::start(options)?, file, tokenizer, fresh: 0 };
-    for streams in [1, 4, 16] {
+    let only = std::env::args().nth(2);
+    let wanted = |name: &str| only.as_ref().is_none_or(|only| only == name);
+    for streams in [1, 4, 16].into_iter().filter(|_| wanted("disturb")) {
         bench.long_prompt(streams)?;
     }
-    bench.known_prefix()?;
-    bench.common_prefix()?;
-    bench.guesses()
+    if wanted("prefix") {
+        bench.known_prefix()?;
+        bench.common_prefix()?;
+    }
+    if wanted("guesses") {
+        bench.guesses()?;
+    }
+    if wanted("grammars") {
+        bench.grammars()?;
+    }
+    Ok(())
 }
 
 impl Bench {
@@ -79,7 +93,8 @@ impl Bench {
             prefix_cache,
             speculation,
         };
-        Ok(Running { handle: engine::spawn(spec, sink, Arc::new(Metrics::new()))?, events })
+        let handle = engine::spawn(spec, sink, Arc::new(Metrics::new()))?;
+        Ok(Running { handle, events, steps: Vec::new() })
     }
 
     /// Text that has not been used before.
@@ -219,6 +234,69 @@ impl Bench {
         }
         Ok(())
     }
+
+    /// Eight streams held to JSON schemas, against the same streams left to themselves, in turns.
+    fn grammars(&mut self) -> Outcome<()> {
+        let grammars = Grammars::new(Arc::clone(&self.file.vocabulary));
+        for (name, schema) in [("plain objects", objects()), ("patterns, numbers and choices", hard())] {
+            let shape = Shape { text: TextShape::Json { schema, whitespace: Whitespace::None }, ..Shape::default() };
+            let constraint = grammars.compile(&shape.grammar().ok_or("a shape without a grammar")?)?;
+            let (mut means, mut medians) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+            for round in 0..10 {
+                let mut running = self.start(Speculation::Off, false)?;
+                let text = self.text(40);
+                for i in 0..8 {
+                    let constraint = (round % 2 == 1).then(|| constraint.clone());
+                    let request = self.request(&i.to_string(), &format!("{text} {i}"), 160)?;
+                    running.handle.submit(EngineRequest { constraint, ..request })?;
+                }
+                let mut all = BTreeMap::new();
+                let done = |all: &BTreeMap<String, Heard>| all.values().filter(|heard| heard.ended).count() == 8;
+                running.listen_for(&mut all, Duration::from_secs(120), done)?;
+                // While all eight run: the first steps are those of their prompts.
+                let from = all.values().filter_map(|heard| heard.at.first()).max().ok_or("no text")?;
+                let steps = running.steps.windows(2).filter(|pair| pair[0] >= *from);
+                let mut ms: Vec<f64> = steps.map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
+                let short = all.values().filter(|heard| heard.tokens < 150).count();
+                if short > 0 {
+                    return Err(format!("{short} answers ended before their time").into());
+                }
+                ms.sort_by(f64::total_cmp);
+                means[round % 2].push(ms.iter().sum::<f64>() / ms.len() as f64);
+                medians[round % 2].push(at(&ms, 0.5));
+            }
+            means.iter_mut().chain(&mut medians).for_each(|rounds| rounds.sort_by(f64::total_cmp));
+            let pick = |rounds: &[Vec<f64>; 2]| (rounds[0][2], rounds[1][2], rounds[1][2] / rounds[0][2]);
+            let ((a, b, ratio), (c, d, other)) = (pick(&means), pick(&medians));
+            println!(
+                "8 streams held to {name}: a step takes {a:.1} -> {b:.1} ms in the mean ({ratio:.3} times), \
+                 {c:.1} -> {d:.1} in the median ({other:.3} times)"
+            );
+        }
+        Ok(())
+    }
+}
+
+fn objects() -> serde_json::Value {
+    let item = json!({
+        "type": "object", "additionalProperties": false, "required": ["name", "text"],
+        "properties": { "name": { "type": "string" }, "text": { "type": "string" } },
+    });
+    json!({ "type": "array", "minItems": 100, "items": item })
+}
+
+fn hard() -> serde_json::Value {
+    let item = json!({
+        "type": "object", "additionalProperties": false, "required": ["id", "when", "kind", "size", "more"],
+        "properties": {
+            "id": { "type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}(-[a-z]+)?$" },
+            "when": { "type": "string", "format": "date-time" },
+            "kind": { "enum": ["lamp", "lantern", "lighthouse", "torch"] },
+            "size": { "type": "number", "minimum": -10, "maximum": 1000 },
+            "more": { "anyOf": [{ "type": "string", "maxLength": 20 }, { "type": "array", "items": { "type": "boolean" } }] },
+        },
+    });
+    json!({ "type": "array", "minItems": 100, "items": item })
 }
 
 impl Running {
@@ -235,6 +313,7 @@ impl Running {
                 return Err("the engine died".into());
             };
             let now = Instant::now();
+            self.steps.push(now);
             for event in events {
                 let heard = all.entry(event.request.to_string()).or_default();
                 match event.body {

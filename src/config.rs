@@ -30,6 +30,7 @@ pub struct Config {
     pub store: Store,
     pub queue: Queue,
     pub ledger: Ledger,
+    pub limits: Limits,
     pub relay: Relay,
     pub engine: Engine,
     pub models: BTreeMap<ModelId, Model>,
@@ -113,6 +114,23 @@ pub struct Ledger {
     pub hold_lease_ms: u64,
     pub sweep_ms: u64,
     pub bootstrap_balance_usd: String,
+}
+
+/// What every tenant may do.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    pub requests_per_minute: u64,
+    pub tokens_per_minute: u64,
+    pub service_tier_max: ServiceTier,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServiceTier {
+    Flex,
+    Default,
+    Priority,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]

@@ -25,10 +25,10 @@ pub use models::start_runtime;
 pub use wait::shutdown_signal;
 
 use crate::{
-    admission::Admission,
+    admission::{Admission, RateLimits},
     cluster::{Cluster, ClusterContext, ClusterError, PoolStatus},
-    config::{AppendFsync, Config, PriceFault, Role},
-    domain::{ModelId, NanoUsd, NodeId},
+    config::{self, AppendFsync, Config, PriceFault, Role, ServiceTier},
+    domain::{ModelId, NanoUsd, NodeId, Priority},
     edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
     engine::EngineError,
     ledger::Ledger,
@@ -265,7 +265,8 @@ impl Node {
             prompts: models.prompts(config)?,
             price_version: book.version,
             wait_max: Duration::from_millis(config.queue.wait_ms_max),
-            admission: Admission::new(store.clone(), ledger.hold_lease()),
+            admission: Admission::new(store.clone(), ledger.hold_lease()).with_limits(limits(&config.limits)),
+            priority_max: priority_max(&config.limits),
             records: Records::new(store.clone(), retention(&config.edge), ledger.hold_lease()),
             ledger,
             queue,
@@ -275,6 +276,18 @@ impl Node {
             runtime: tokio::runtime::Handle::current(),
         };
         Ok(tokio::task::spawn_blocking(move || edge::spawn(spec, listener)).await??)
+    }
+}
+
+fn limits(limits: &config::Limits) -> RateLimits {
+    RateLimits { requests_per_minute: limits.requests_per_minute, tokens_per_minute: limits.tokens_per_minute }
+}
+
+fn priority_max(limits: &config::Limits) -> Priority {
+    match limits.service_tier_max {
+        ServiceTier::Flex => Priority::Low,
+        ServiceTier::Default => Priority::Normal,
+        ServiceTier::Priority => Priority::High,
     }
 }
 

@@ -25,8 +25,9 @@ use crate::{
     workload::Prompts,
 };
 
-/// Chunks of every stream in a quiet time: enough for a 99th percentile, of four streams together.
-const QUIET_CHUNKS: u32 = 64;
+/// Chunks of every stream in a quiet time: of four streams in two such times, the 99th percentile is then not
+/// the work of a dozen outliers.
+const QUIET_CHUNKS: u32 = 256;
 const POLL: Duration = Duration::from_millis(2);
 
 pub struct Measured {

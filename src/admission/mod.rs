@@ -6,10 +6,12 @@
 
 pub(crate) mod key;
 mod key_cache;
+mod rates;
 
 use std::{sync::Arc, time::Duration};
 
 pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
+pub use rates::{Rate, RateKind, RateLimits, Rates};
 
 use crate::{
     domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage},
@@ -45,6 +47,9 @@ pub enum AuthError {
 pub enum AdmitError {
     #[error("the balance of {balance} does not cover the {needed} that the request may cost")]
     InsufficientBalance { balance: NanoUsd, needed: NanoUsd },
+    /// `wait_ms`: until it fits if nothing else comes; nothing where it never does.
+    #[error("the limit of {} per minute is in the way", kind.as_str())]
+    RateLimited { kind: RateKind, wait_ms: Option<u64>, rates: Rates },
     #[error("request {0} has been admitted before")]
     Repeated(RequestId),
     #[error("there is no tenant {0}")]
@@ -75,6 +80,7 @@ pub struct AdmittedRequest {
     tenant: TenantId,
     key: KeyId,
     hold: NanoUsd,
+    rates: Rates,
 }
 
 impl AdmittedRequest {
@@ -110,6 +116,11 @@ impl AdmittedRequest {
         self.ask.output_tokens_max
     }
 
+    /// What the tenant may still ask for.
+    pub fn rates(&self) -> Rates {
+        self.rates
+    }
+
     /// Set aside: the prompt plus the most that may be put out.
     pub fn hold(&self) -> NanoUsd {
         self.hold
@@ -121,12 +132,18 @@ pub struct Admission {
     store: Store,
     hold_lease: Duration,
     keys: Arc<KeyCache>,
+    limits: RateLimits,
 }
 
 impl Admission {
     /// `hold_lease`: how long a hold lasts until its first renewal is due.
     pub fn new(store: Store, hold_lease: Duration) -> Self {
-        Self { store, hold_lease, keys: Arc::default() }
+        Self { store, hold_lease, keys: Arc::default(), limits: RateLimits::default() }
+    }
+
+    /// The same with limits on what a tenant may ask for.
+    pub fn with_limits(self, limits: RateLimits) -> Self {
+        Self { limits, ..self }
     }
 
     /// Whose key this is. Asks the store unless it was asked about the same key a moment ago.
@@ -160,8 +177,10 @@ impl Admission {
             most.completion_tokens.to_string(),
             ask.price.input.nano().to_string(),
             ask.price.output.nano().to_string(),
+            self.limits.requests_per_minute.to_string(),
+            self.limits.tokens_per_minute.to_string(),
         ];
-        let [amount, lease, prompt, completion, input, output] = &numbers;
+        let [amount, lease, prompt, completion, input, output, requests_max, tokens_max] = &numbers;
         let (tenant, key) = (&principal.tenant, &principal.key);
         let arguments = [
             tenant.as_str(),
@@ -175,11 +194,17 @@ impl Admission {
             input,
             output,
             &ask.price_version,
+            requests_max,
+            tokens_max,
         ]
         .map(str::as_bytes);
         let mut reply: Reply = self.store.call(Function::Hold, &keys::ledger(tenant), &arguments).await?;
         match reply.word() {
-            "held" => Ok(AdmittedRequest { ask, tenant: tenant.clone(), key: key.clone(), hold }),
+            "held" => {
+                let rates = self.limits.told(&mut reply)?;
+                Ok(AdmittedRequest { ask, tenant: tenant.clone(), key: key.clone(), hold, rates })
+            }
+            "rate" => Err(self.limits.refused(&mut reply)?),
             "insufficient" => {
                 let balance: i64 = reply.next("balance")?;
                 Err(AdmitError::InsufficientBalance { balance: NanoUsd::new(balance), needed: hold })

@@ -101,6 +101,14 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("bootstrap_balance_usd", Usd),
         ],
     ),
+    (
+        "limits",
+        &[
+            ("requests_per_minute", Integer(0, 1 << 40)),
+            ("tokens_per_minute", Integer(0, 1 << 40)),
+            ("service_tier_max", OneOf(&["flex", "default", "priority"])),
+        ],
+    ),
     ("relay", &[("listen", Address), ("advertise", Endpoint), ("secret", Secret(16))]),
     (
         "engine",

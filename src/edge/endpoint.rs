@@ -24,7 +24,7 @@ use super::{
     wire::{Body, Bounds, Request},
 };
 use crate::{
-    admission::{Principal, Scope},
+    admission::{Principal, Rates, Scope},
     domain::ModelId,
     prompt::{Asked, Role},
     records::{Key, Once},
@@ -70,7 +70,8 @@ async fn answer<D: Dialect>(
     let settings = &state.settings;
     let bytes = body::read(http, payload, settings.body_bytes_max, settings.body_ms_max).await?;
     let Some(Again { key, after }) = once else {
-        let Run { mut telling, is_stream, ignored } = run::<D>(&bytes, state, principal, arrival, model).await?;
+        let Run { mut telling, is_stream, ignored, rates } = run::<D>(&bytes, state, principal, arrival, model).await?;
+        http.extensions_mut().insert(rates);
         drop(bytes);
         if is_stream {
             let streaming = Streaming::begin(telling).await.map_err(Refusal::Ended)?;
@@ -92,7 +93,8 @@ async fn answer<D: Dialect>(
         },
         Once::First => {
             let recorded = match run::<D>(&bytes, state, principal, arrival, model).await {
-                Ok(Run { telling, is_stream, ignored }) => {
+                Ok(Run { telling, is_stream, ignored, rates }) => {
+                    http.extensions_mut().insert(rates);
                     recording::record(state, key.clone(), telling, is_stream, ignored).map_err(Refusal::from)
                 }
                 Err(refusal) => Err(refusal),
@@ -191,6 +193,7 @@ struct Run {
     telling: Telling,
     is_stream: bool,
     ignored: Vec<String>,
+    rates: Rates,
 }
 
 async fn run<D: Dialect>(
@@ -215,6 +218,7 @@ async fn run<D: Dialect>(
     let before = D::before(&body, state, &principal).await?;
     let (mut request, dialect) = D::read(body, bounds, before)?;
     note_what_the_template_lacks(&mut request, known);
+    request.priority = request.priority.min(state.priority_max);
 
     let has_tools = !request.ask.shape.calls.tools.is_empty();
     let prepared = state.pool.prepare(model.clone(), request.ask.clone()).await;
@@ -274,6 +278,7 @@ async fn run<D: Dialect>(
         tracing::error!(%error, "admission panicked");
         ApiError::internal()
     })??;
+    let rates = opened.rates;
     let answering = Answering::new(opened);
     let teller = Teller::new(answering.open.request.clone(), form.clone());
     let keeping = keeping.map(|(tenant, kind)| Keeping {
@@ -287,7 +292,7 @@ async fn run<D: Dialect>(
     let writer = dialect.writer(about, form, prompt);
     let telling =
         Telling { state: Arc::clone(state), answering, teller, writer, prompt_tokens, keeping, failure: None };
-    Ok(Run { telling, is_stream: request.stream, ignored: request.ignored })
+    Ok(Run { telling, is_stream: request.stream, ignored: request.ignored, rates })
 }
 
 /// Fields that only some templates have a place for.

@@ -11,7 +11,11 @@ use actix_web::{
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use crate::{domain::FailureCode, prompt::PromptError};
+use crate::{
+    admission::{RateKind, Rates},
+    domain::FailureCode,
+    prompt::PromptError,
+};
 
 /// An error as the wire contract has it. Boxed, so that whatever may fail stays cheap to return.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +32,7 @@ struct Fault {
     never_retry: bool,
     allow: Option<String>,
     close: bool,
+    rates: Rates,
     /// Why it was refused, as the metrics name it.
     reason: &'static str,
 }
@@ -80,6 +85,7 @@ impl ApiError {
             never_retry: false,
             allow: None,
             close: false,
+            rates: Rates::default(),
             reason: code,
         }))
     }
@@ -101,6 +107,11 @@ impl ApiError {
     pub fn malformed_json(message: impl Into<String>) -> Self {
         let why = format!("We could not parse the JSON body of your request: {}", message.into());
         Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, "invalid_json", why)
+    }
+
+    pub fn malformed_query() -> Self {
+        let why = "We could not parse the query of your request: expected name=value pairs.";
+        Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, "invalid_query", why)
     }
 
     /// 400 for a body that broke off or is not HTTP.
@@ -141,12 +152,6 @@ impl ApiError {
         let mut error = Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID_REQUEST, "method_not_allowed", why);
         error.0.allow = Some(allow.into());
         error
-    }
-
-    /// 400 for what follows the path's question mark.
-    pub fn query(error: &impl std::fmt::Display) -> Self {
-        let why = format!("We could not read the query of your request: {}.", shorten(&error.to_string()));
-        Self::new(StatusCode::BAD_REQUEST, INVALID_REQUEST, "invalid_query", why)
     }
 
     pub fn unknown_path(method: &str, path: &str) -> Self {
@@ -192,6 +197,31 @@ impl ApiError {
     }
 
     // -- too much, or not now --------------------------------------------------------------------------
+
+    /// `wait_ms`: until it fits; nothing where it never does.
+    pub fn rate_limited(kind: RateKind, wait_ms: Option<u64>, rates: Rates) -> Self {
+        let limit = match kind {
+            RateKind::Requests => rates.requests,
+            RateKind::Tokens => rates.tokens,
+        };
+        let limit = limit.map_or(0, |rate| rate.limit);
+        let kind = kind.as_str();
+        let why = match wait_ms {
+            Some(ms) => format!(
+                "Rate limit reached: {limit} {kind} per minute. Please try again in {}.",
+                super::rates::duration(ms)
+            ),
+            None => format!(
+                "Request too large: its prompt and the most that it may put out exceed the limit of {limit} {kind} \
+                 per minute. Ask for fewer tokens with max_completion_tokens."
+            ),
+        };
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", why);
+        error.0.retry_after_ms = wait_ms;
+        error.0.never_retry = wait_ms.is_none();
+        error.0.rates = rates;
+        error
+    }
 
     pub fn queue_full(retry_after_ms: u64) -> Self {
         let why = "Too many requests wait for this model. Try again shortly.";
@@ -299,6 +329,11 @@ impl ApiError {
                 error
             }
         }
+    }
+
+    /// Where the tenant stood, if it is refused for that.
+    pub fn rates(&self) -> Rates {
+        self.0.rates
     }
 
     pub fn status(&self) -> StatusCode {

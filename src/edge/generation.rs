@@ -12,7 +12,7 @@ use super::{
     state::{EdgeState, OpenRequest, Outcome},
 };
 use crate::{
-    admission::{self, AdmitError, Principal},
+    admission::{self, AdmitError, Principal, Rates},
     domain::{
         EventBody, FailureCode, FinishReason, GrammarSource, Job, ModelId, Priority, RequestId, SamplingParams,
         StoppedBy, Stops, Telling, TokenDetail, Usage,
@@ -45,6 +45,8 @@ pub struct Wanted {
 pub struct Opened {
     reply: ReplyStream,
     open: OpenRequest,
+    /// What the tenant may still ask for.
+    pub rates: Rates,
 }
 
 /// Admits and publishes, or leaves nothing behind. To be run as a task of its own: should the client go away in the
@@ -76,7 +78,7 @@ pub async fn open(
             return Err(refused(error));
         }
     };
-    let tenant = admitted.tenant().clone();
+    let (tenant, rates) = (admitted.tenant().clone(), admitted.rates());
     let (request, model) = (wanted.request.clone(), wanted.model.clone());
     let open = OpenRequest::new(Arc::clone(&state), request, tenant, model, wanted.own_id, arrived);
     let reply = state.hub.open(&wanted.request);
@@ -103,11 +105,11 @@ pub async fn open(
         deadline_unix_ms: now.saturating_add(u64::try_from(state.wait_max.as_millis()).unwrap_or(u64::MAX)),
     };
     match state.queue.publish(&job).await {
-        Ok(()) => Ok(Opened { reply, open }),
+        Ok(()) => Ok(Opened { reply, open, rates }),
         // After a lost answer the job may stand in the queue, or even be done.
         Err(error) => match open.refuse(!matches!(error, PublishError::Store(_))).await {
             None => Err(not_queued(error)),
-            Some(open) => Ok(Opened { reply, open }),
+            Some(open) => Ok(Opened { reply, open, rates }),
         },
     }
 }
@@ -115,6 +117,7 @@ pub async fn open(
 fn refused(error: AdmitError) -> ApiError {
     match error {
         AdmitError::InsufficientBalance { .. } => ApiError::insufficient_balance(),
+        AdmitError::RateLimited { kind, wait_ms, rates } => ApiError::rate_limited(kind, wait_ms, rates),
         AdmitError::UnknownTenant(tenant) => {
             tracing::warn!(%tenant, "a key's tenant is gone");
             ApiError::bad_key()
@@ -174,7 +177,7 @@ pub enum News {
 }
 
 impl Answering {
-    pub fn new(Opened { reply, open }: Opened) -> Self {
+    pub fn new(Opened { reply, open, .. }: Opened) -> Self {
         let overdue = tokio::time::Instant::now() + open.state().patience();
         Self { reply, open, first_token: None, tokens: 0, ended: None, next: None, overdue }
     }

@@ -17,6 +17,7 @@ mod generation;
 mod models;
 mod openapi;
 mod operations;
+mod rates;
 mod recording;
 mod server;
 mod state;

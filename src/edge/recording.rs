@@ -51,6 +51,25 @@ struct Inner {
     outcome: Option<Result<(), ApiError>>,
 }
 
+/// What is told when it is kept, and no sooner: who has heard of the end may ask again.
+enum Last {
+    /// With all of a stream that was not told before.
+    Events(Bytes),
+    Body(Vec<u8>),
+}
+
+impl Inner {
+    /// Adds whole events, each under its number.
+    fn add_events(&mut self, bytes: &[u8]) {
+        let text = String::from_utf8_lossy(bytes);
+        for event in text.split_inclusive("\n\n").filter(|event| !event.starts_with(':')) {
+            let number = self.events.len() + 1;
+            self.body.extend_from_slice(format!("id: {number}\n{event}").as_bytes());
+            self.events.push(self.body.len());
+        }
+    }
+}
+
 pub const EVENT_STREAM: &str = "text/event-stream";
 pub const JSON: &str = "application/json";
 
@@ -60,22 +79,32 @@ impl Recording {
         Arc::new(Self { inner: Mutex::new(inner), heard: watch::Sender::new(0) })
     }
 
-    /// Adds whole events, each under its number.
     fn add_events(&self, bytes: &[u8]) {
-        let mut inner = self.inner.lock();
-        let text = String::from_utf8_lossy(bytes);
-        for event in text.split_inclusive("\n\n").filter(|event| !event.starts_with(':')) {
-            let number = inner.events.len() + 1;
-            inner.body.extend_from_slice(format!("id: {number}\n{event}").as_bytes());
-            let end = inner.body.len();
-            inner.events.push(end);
-        }
-        drop(inner);
+        self.inner.lock().add_events(bytes);
         self.heard.send_modify(|count| *count += 1);
     }
 
-    fn end(&self, outcome: Result<(), ApiError>) {
-        self.inner.lock().outcome = Some(outcome);
+    /// The body as it is with `last`, which nobody hears yet.
+    fn with_last(&self, last: &Last) -> Vec<u8> {
+        let inner = self.inner.lock();
+        match last {
+            Last::Events(bytes) => {
+                let mut whole = Inner { events: inner.events.clone(), body: inner.body.clone(), ..Inner::default() };
+                whole.add_events(bytes);
+                whole.body
+            }
+            Last::Body(body) => body.clone(),
+        }
+    }
+
+    /// The last events and the end at once: nobody who has heard all waits for more.
+    fn end(&self, outcome: Result<Last, ApiError>) {
+        let mut inner = self.inner.lock();
+        inner.outcome = Some(outcome.map(|last| match last {
+            Last::Events(bytes) => inner.add_events(&bytes),
+            Last::Body(body) => inner.body = body,
+        }));
+        drop(inner);
         self.heard.send_modify(|count| *count += 1);
     }
 
@@ -143,10 +172,11 @@ impl Recording {
             loop {
                 heard.mark_unchanged();
                 let (bytes, count, is_over) = recording.since(next);
-                if !bytes.is_empty() || is_over {
+                if is_over && bytes.is_empty() {
+                    return None;
+                }
+                if !bytes.is_empty() {
                     next = count;
-                    // An empty piece would end the body in the wrong way.
-                    let bytes = if bytes.is_empty() { Bytes::from_static(KEEP_ALIVE) } else { bytes };
                     return Some((Ok(bytes), (recording, heard, next, is_over)));
                 }
                 if timeout(keep_alive, heard.changed()).await.is_err() {
@@ -211,13 +241,12 @@ pub fn record(
     state.tasks.spawn_on(
         async move {
             let state = state_;
-            let making = async {
-                if is_stream { stream_into(telling, &into).await } else { whole_into(telling, &state, &into).await }
-            };
+            let making =
+                async { if is_stream { stream_into(telling, &into).await } else { whole(telling, &state).await } };
             let outcome = renewing(&state, &key, making).await;
             let kept = match &outcome {
-                Ok(()) => {
-                    let body = into.inner.lock().body.clone();
+                Ok(last) => {
+                    let body = into.with_last(last);
                     let answered = Answered { content_type: content_type.to_owned(), ignored, body };
                     state.records.answered(&key, &answered).await
                 }
@@ -235,21 +264,30 @@ pub fn record(
     Ok(recording)
 }
 
-async fn stream_into(telling: Telling, into: &Recording) -> Result<(), ApiError> {
+async fn stream_into(telling: Telling, into: &Recording) -> Result<Last, ApiError> {
     let mut streaming = Streaming::begin(telling).await?;
     let mut buffer = BytesMut::new();
-    while !streaming.is_over() {
+    loop {
         streaming.write(&mut buffer).await;
-        into.add_events(&buffer.split());
+        let bytes = buffer.split();
+        if !streaming.is_over() {
+            into.add_events(&bytes);
+            continue;
+        }
+        return match streaming.failure() {
+            Some(error) => {
+                into.add_events(&bytes);
+                Err(error)
+            }
+            None => Ok(Last::Events(bytes.freeze())),
+        };
     }
-    streaming.failure().map_or(Ok(()), Err)
 }
 
-async fn whole_into(mut telling: Telling, state: &EdgeState, into: &Recording) -> Result<(), ApiError> {
+async fn whole(mut telling: Telling, state: &EdgeState) -> Result<Last, ApiError> {
     let limit = Duration::from_millis(state.settings.request_ms_max);
     let body = timeout(limit, telling.whole()).await.map_err(|_| ApiError::too_slow())??;
-    into.inner.lock().body = body;
-    Ok(())
+    Ok(Last::Body(body))
 }
 
 /// Says now and then that the key is in use.

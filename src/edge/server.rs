@@ -24,10 +24,13 @@ use super::{
     cancel,
     error::ApiError,
     openapi::Document,
-    operations,
+    operations, rates,
     state::{EdgeSpec, EdgeState},
 };
-use crate::domain::{FailureCode, RequestId};
+use crate::{
+    admission::Rates,
+    domain::{FailureCode, RequestId},
+};
 
 /// The head of a request must arrive within this time.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
@@ -140,7 +143,6 @@ fn bind(state: Arc<EdgeState>, listener: TcpListener) -> std::io::Result<actix_w
             .wrap(Compress::default())
             .wrap(cors(&data.settings.cors_origins))
             .app_data(web::Data::from(Arc::clone(&document)))
-            .app_data(web::QueryConfig::default().error_handler(|error, _| ApiError::query(&error).into()))
             .configure(operations::bind)
             .default_service(web::to(unknown_path))
     })
@@ -207,6 +209,13 @@ fn wants_problem(request: &ServiceRequest) -> bool {
         .any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case(PROBLEM_JSON)))
 }
 
+/// Where the tenant stands, if the request was weighed against its limits.
+fn rates_of(response: &ServiceResponse<BoxBody>) -> Rates {
+    let refused = response.response().extensions().get::<ApiError>().map(ApiError::rates);
+    let admitted = response.request().extensions().get::<Rates>().copied();
+    admitted.or(refused).unwrap_or_default()
+}
+
 /// What every answer carries, whatever it is.
 async fn observe<B: MessageBody + 'static>(
     request: ServiceRequest,
@@ -225,7 +234,9 @@ async fn observe<B: MessageBody + 'static>(
             BoxBody::new(error.problem(&id))
         });
     }
+    let rates = rates_of(&response);
     let headers = response.response_mut().headers_mut();
+    rates::tell(rates, headers);
     if let Ok(value) = HeaderValue::from_str(&id) {
         headers.insert(REQUEST_ID, value);
     }

@@ -18,7 +18,7 @@ use super::recording::Recordings;
 use crate::{
     admission::Admission,
     config,
-    domain::{ModelId, Price, RequestId, TenantId},
+    domain::{ModelId, Price, Priority, RequestId, TenantId},
     ledger::{Ledger, ReleaseReason},
     model::Vocabulary,
     prompt::{PromptModel, PromptPool},
@@ -92,6 +92,8 @@ pub struct EdgeSpec {
     /// How long a request may wait for a worker.
     pub wait_max: Duration,
     pub admission: Admission,
+    /// The highest class that a request gets, whatever it asks for.
+    pub priority_max: Priority,
     pub ledger: Ledger,
     pub queue: Queue,
     pub records: Records,
@@ -110,6 +112,7 @@ pub(super) struct EdgeState {
     pub price_version: String,
     pub wait_max: Duration,
     pub admission: Admission,
+    pub priority_max: Priority,
     pub ledger: Ledger,
     pub queue: Queue,
     pub records: Records,
@@ -139,6 +142,7 @@ impl EdgeState {
             price_version,
             wait_max,
             admission: spec.admission,
+            priority_max: spec.priority_max,
             ledger: spec.ledger,
             queue: spec.queue,
             records: spec.records,

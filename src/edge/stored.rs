@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::{answer::Whole, auth::authenticate, error::ApiError, generation::unix_ms, state::EdgeState};
@@ -12,7 +12,7 @@ use crate::{
     admission::Scope,
     domain::TenantId,
     prompt::{Message, Role, ToolCall},
-    records::Record,
+    records::{Order, Record},
     store::StoreError,
 };
 
@@ -160,32 +160,73 @@ pub struct ChatList<'a> {
 #[schemars(extend("$ref" = "#/components/schemas/StoredChatCompletion"))]
 struct Stored {}
 
-#[derive(Deserialize)]
-pub struct Page {
+/// Which of the stored answers a list is to have.
+#[derive(Default)]
+struct Wanted {
     after: Option<String>,
-    limit: Option<usize>,
+    limit: usize,
+    order: Order,
+    model: Option<String>,
+    metadata: Vec<(String, String)>,
 }
 
-/// The tenant's stored completions, the newest first.
-pub async fn list_chat(
-    http: HttpRequest,
-    page: web::Query<Page>,
-    state: web::Data<EdgeState>,
-) -> Result<HttpResponse, ApiError> {
+impl Wanted {
+    fn read(query: &str) -> Result<Self, ApiError> {
+        let unreadable = |_| ApiError::malformed_query();
+        let pairs = web::Query::<Vec<(String, String)>>::from_query(query).map_err(unreadable)?.into_inner();
+        let mut wanted = Self { limit: PAGE, ..Self::default() };
+        for (name, value) in pairs {
+            match name.as_str() {
+                "after" => wanted.after = Some(value),
+                "model" => wanted.model = Some(value),
+                "order" if value == "asc" => wanted.order = Order::OldestFirst,
+                "order" if value == "desc" => wanted.order = Order::NewestFirst,
+                "order" => {
+                    let why = "Invalid 'order': expected 'asc' or 'desc'.";
+                    return Err(ApiError::field("invalid_value", "order", why));
+                }
+                "limit" => match value.parse() {
+                    Ok(limit) if (1..=PAGE_MAX).contains(&limit) => wanted.limit = limit,
+                    _ => {
+                        let why = format!("Invalid 'limit': expected a whole number from 1 to {PAGE_MAX}.");
+                        return Err(ApiError::field("out_of_range", "limit", why));
+                    }
+                },
+                "metadata" => {
+                    let why = "Invalid 'metadata': expected 'metadata[key]=value'.";
+                    return Err(ApiError::field("invalid_value", "metadata", why));
+                }
+                name => {
+                    let key = name.strip_prefix("metadata[").and_then(|name| name.strip_suffix(']'));
+                    wanted.metadata.extend(key.map(|key| (key.to_owned(), value)));
+                }
+            }
+        }
+        Ok(wanted)
+    }
+
+    fn has(&self, answer: &Value) -> bool {
+        self.model.as_ref().is_none_or(|model| answer["model"] == **model)
+            && self.metadata.iter().all(|(key, value)| answer["metadata"][key] == **value)
+    }
+}
+
+/// The tenant's stored completions, the oldest first unless asked otherwise.
+pub async fn list_chat(http: HttpRequest, state: web::Data<EdgeState>) -> Result<HttpResponse, ApiError> {
     let principal = authenticate(&http, &state).await?;
     if !principal.may(Scope::Chat) {
         return Err(ApiError::permission_denied("This API key may not read completions."));
     }
-    let limit = page.limit.unwrap_or(PAGE);
-    if !(1..=PAGE_MAX).contains(&limit) {
-        let why = format!("Invalid 'limit': expected a value from 1 to {PAGE_MAX}, but got {limit}.");
-        return Err(ApiError::field("out_of_range", "limit", why));
-    }
-    let listed = state.records.list(&principal.tenant, CHAT, page.after.as_deref(), limit).await;
-    let (records, has_more) = listed.map_err(store_failed)?;
-    let data: Vec<Value> = records.iter().filter_map(|record| serde_json::from_slice(&record.answer).ok()).collect();
-    let first_id = records.first().map(|record| record.id.as_str());
-    let last_id = records.last().map(|record| record.id.as_str());
+    let wanted = Wanted::read(http.query_string())?;
+    let choose = |record: Record| {
+        let answer = serde_json::from_slice(&record.answer).ok()?;
+        (record.kind == CHAT && wanted.has(&answer)).then_some((record.id, answer))
+    };
+    let listed =
+        state.records.list(&principal.tenant, wanted.order, wanted.after.as_deref(), wanted.limit, choose).await;
+    let (found, has_more) = listed.map_err(store_failed)?;
+    let (ids, data): (Vec<String>, Vec<Value>) = found.into_iter().unzip();
+    let (first_id, last_id) = (ids.first().map(String::as_str), ids.last().map(String::as_str));
     Ok(HttpResponse::Ok().json(ChatList { object: "list", data, first_id, last_id, has_more }))
 }
 

@@ -1,12 +1,11 @@
 //! What a step costs, learnt from the steps themselves. Pure: measured times are arguments.
 //!
 //! A step's time is taken to be a sum: a part that every step costs, and parts for its rows, for the rows
-//! whose logits are wanted, for the tokens that attention goes over and for those that it brings from memory. The
-//! five factors are fitted to the last
-//! few dozen steps by least squares with fading memory; where these say nothing about a factor it stays what
-//! it was. How busy the machine is at the moment is followed apart from that: it makes all steps longer alike,
-//! and only what steps cost compared with each other counts here. Only decides how much goes into a step,
-//! never what comes out of it.
+//! whose logits are wanted, for the tokens that attention goes over and for those that it brings from memory.
+//! The five factors are fitted to the last few dozen steps by least squares with fading memory; where these
+//! say nothing about a factor it stays what it was. How busy the machine is at the moment is followed apart
+//! from that: it makes all steps longer alike, and only what steps cost compared with each other counts here.
+//! Only decides how much goes into a step, never what comes out of it.
 
 /// A step that decodes and catches up takes at most so many times what decoding alone would take. Streams
 /// are promised twice; the rest is for what the fit does not know.

@@ -56,6 +56,14 @@ impl Default for Retention {
     }
 }
 
+/// By the time at which they were made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    #[default]
+    OldestFirst,
+    NewestFirst,
+}
+
 /// Who else has asked under the same key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Once {
@@ -138,31 +146,37 @@ impl Records {
         Ok(deleted > 0)
     }
 
-    /// Of one kind, the newest first, behind the one called `after`; at most `limit`, and whether there are more.
-    pub async fn list(
+    /// What `choose` makes of those that it wants, behind the record called `after`; at most `limit`, and whether there
+    /// are more.
+    pub async fn list<T>(
         &self,
         tenant: &TenantId,
-        kind: &str,
+        order: Order,
         after: Option<&str>,
         limit: usize,
-    ) -> Result<(Vec<Record>, bool), StoreError> {
+        choose: impl Fn(Record) -> Option<T>,
+    ) -> Result<(Vec<T>, bool), StoreError> {
+        let (rank, range) = match order {
+            Order::OldestFirst => ("ZRANK", "ZRANGE"),
+            Order::NewestFirst => ("ZREVRANK", "ZREVRANGE"),
+        };
         let list = keys::records(tenant);
         let mut from = 0usize;
         if let Some(after) = after {
-            let rank: Option<usize> = self.store.query(redis::cmd("ZREVRANK").arg(&list).arg(after)).await?;
+            let rank: Option<usize> = self.store.query(redis::cmd(rank).arg(&list).arg(after)).await?;
             let Some(rank) = rank else { return Ok((Vec::new(), false)) };
             from = rank + 1;
         }
         let mut found = Vec::new();
         loop {
-            let mut range = redis::cmd("ZREVRANGE");
+            let mut range = redis::cmd(range);
             let ids: Vec<String> = self.store.query(range.arg(&list).arg(from).arg(from + LIST_MAX - 1)).await?;
             for id in &ids {
-                if let Some(record) = self.get(tenant, id).await?.filter(|record| record.kind == kind) {
+                if let Some(chosen) = self.get(tenant, id).await?.and_then(&choose) {
                     if found.len() == limit {
                         return Ok((found, true));
                     }
-                    found.push(record);
+                    found.push(chosen);
                 }
             }
             if ids.len() < LIST_MAX {

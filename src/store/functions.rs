@@ -65,6 +65,7 @@ pub(super) fn library() -> &'static Library {
     static LIBRARY: LazyLock<Library> = LazyLock::new(|| {
         let body = concat!(
             include_str!("functions/common.lua"),
+            include_str!("functions/rates.lua"),
             include_str!("functions/ledger.lua"),
             include_str!("functions/queue.lua")
         );

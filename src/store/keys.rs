@@ -56,9 +56,22 @@ pub fn entries(tenant: &TenantId) -> String {
     format!("lc:{{t:{tenant}}}:entries")
 }
 
+/// What a tenant was admitted within the last minute.
+pub(crate) fn rates(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:rates")
+}
+
 /// The keys of a tenant's ledger in the order in which `functions/ledger.lua` takes them.
-pub(crate) fn ledger(tenant: &TenantId) -> [String; 6] {
-    [account(tenant), holds(tenant), hold_terms(tenant), hold_leases(tenant), ended(tenant), entries(tenant)]
+pub(crate) fn ledger(tenant: &TenantId) -> [String; 7] {
+    [
+        account(tenant),
+        holds(tenant),
+        hold_terms(tenant),
+        hold_leases(tenant),
+        ended(tenant),
+        entries(tenant),
+        rates(tenant),
+    ]
 }
 
 /// The keys of a model's queue in the order in which `functions/queue.lua` takes them.

@@ -210,6 +210,7 @@ async fn every_bad_body_gets_its_own_clear_error_and_costs_nothing() {
         let message = assert_error(answer, case.status, case.code, case.param, &context).await;
         assert!(!message.is_empty() && message.len() < 400, "{context}: {message}");
         if case.code == "context_length_exceeded" {
+            assert!(message.contains("512 tokens") && message.matches("tokens").count() == 2, "{message}");
             assert!(message.contains("maximum context length is 512 tokens"), "{message}");
         }
     }

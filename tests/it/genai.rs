@@ -17,7 +17,7 @@ use crate::support::{
     engine::TEXT,
     genai::{Folder, LAYOUTS, Layout, small_folder, tokenizer_json},
     gguf::small_model,
-    model::{data_dir, model, runtime},
+    model::{model, runtime},
     process::Home,
 };
 
@@ -229,7 +229,6 @@ async fn a_node_serves_a_folder_by_its_name() {
     let models = home.data_dir().join("models");
     std::fs::write(models.join("small.gguf"), small_model(2).encode()).unwrap();
     small_folder(2, LAYOUTS[0]).write(&models.join("small-int4"));
-    std::os::unix::fs::symlink(data_dir().join("lib").canonicalize().unwrap(), home.data_dir().join("lib")).unwrap();
     let node = home.start(&[]);
     let ask = async |model: &str| {
         let body = json!({

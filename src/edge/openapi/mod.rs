@@ -184,6 +184,19 @@ fn parameters() -> Value {
             "name": "after", "in": "query", "description": "The id of the last one on the page before.",
             "schema": { "type": "string" },
         },
+        "order": {
+            "name": "order", "in": "query", "description": "The oldest first, or the newest.",
+            "schema": { "type": "string", "enum": ["asc", "desc"], "default": "asc" },
+        },
+        "model": {
+            "name": "model", "in": "query", "description": "Only completions of this model.",
+            "schema": { "type": "string" },
+        },
+        "metadata": {
+            "name": "metadata", "in": "query", "description": "Only completions with these: `metadata[key]=value`.",
+            "style": "deepObject", "explode": true,
+            "schema": { "type": "object", "additionalProperties": { "type": "string" } },
+        },
         "idempotency-key": {
             "name": "Idempotency-Key", "in": "header",
             "description": "The same key and body again get the same answer, which is made and paid for once.",
@@ -210,7 +223,7 @@ fn parameters_of(operation: &Operation, model: &str) -> Vec<Value> {
         parameters.push(json!({ "name": "id", "in": "path", "required": true, "schema": schema, "example": example }));
     }
     if operation.id == "listChatCompletions" {
-        parameters.extend(["limit", "after"].map(|name| component("parameters", name)));
+        parameters.extend(["limit", "after", "order", "model", "metadata"].map(|name| component("parameters", name)));
     }
     if operation.events.is_some() {
         parameters.extend(["idempotency-key", "last-event-id"].map(|name| component("parameters", name)));
@@ -285,7 +298,8 @@ fn headers() -> Value {
     });
     for name in LIMITS {
         let about = if name.contains("-reset-") { "Until the limit is whole again." } else { "Of the key's limit." };
-        let schema = if name.contains("-reset-") { json!({ "type": "string" }) } else { count() };
+        let duration = json!({ "type": "string", "pattern": "^([0-9]+m)?[0-9.]+m?s$", "examples": ["6.25s"] });
+        let schema = if name.contains("-reset-") { duration } else { count() };
         all[name] = header(about, schema);
     }
     all

@@ -1,9 +1,9 @@
 -- Money of one tenant. Amounts are decimal strings of nano-dollars and are only ever added by HINCRBY, in
 -- 64 bits; Lua looks at the sign of a result and at nothing else of it.
 --
--- keys: 1 account, 2 holds, 3 terms, 4 leases, 5 ended, 6 entries.
+-- keys: 1 account, 2 holds, 3 terms, 4 leases, 5 ended, 6 entries, 7 rates.
 
-local ACCOUNT, HOLDS, TERMS, LEASES, ENDED, ENTRIES = 1, 2, 3, 4, 5, 6
+local ACCOUNT, HOLDS, TERMS, LEASES, ENDED, ENTRIES, RATES = 1, 2, 3, 4, 5, 6, 7
 local MONEY_FIELDS = {'balance', 'held', 'charged', 'granted', 'refunded', 'seq'}
 
 local function minus(amount)
@@ -41,6 +41,7 @@ local function look_at(keys)
   redis.call('HLEN', keys[HOLDS])
   redis.call('HLEN', keys[TERMS])
   redis.call('HLEN', keys[ENDED])
+  redis.call('HLEN', keys[RATES])
   return nil, false
 end
 
@@ -111,6 +112,7 @@ local function hold(keys, args)
   local tenant, request, amount, lease_ms = args[1], args[2], args[3], tonumber(args[4])
   local key, model, prompt, completion = args[5], args[6], args[7], args[8]
   local input, output, version = args[9], args[10], args[11]
+  local requests_max, tokens_max = tonumber(args[12]), tonumber(args[13])
   local fault, absent = look_at(keys)
   if fault then
     return fault
@@ -128,14 +130,21 @@ local function hold(keys, args)
     redis.call('HINCRBY', keys[ACCOUNT], 'balance', amount)
     return {'insufficient', redis.call('HGET', keys[ACCOUNT], 'balance')}
   end
+  local tokens = tonumber(prompt) + tonumber(completion)
+  local refused, told = rate_take(keys[RATES], request, requests_max, tokens_max, tokens)
+  if refused then
+    redis.call('HINCRBY', keys[ACCOUNT], 'balance', amount)
+    return {'rate', refused[1], refused[2], unpack(told)}
+  end
   redis.call('HINCRBY', keys[ACCOUNT], 'held', amount)
   redis.call('HSET', keys[HOLDS], request, amount)
   redis.call('HSET', keys[TERMS], request, pack_terms(key, model, input, output, version))
   redis.call('ZADD', keys[LEASES], whole(now_ms() + lease_ms), request)
-  return {'held', append(keys, {
+  append(keys, {
     kind = 'hold', request = request, tenant = tenant, key = key, model = model, prompt = prompt,
     completion = completion, input = input, output = output, version = version, amount = amount,
-  })}
+  })
+  return {'held', unpack(told)}
 end
 
 -- Takes an open hold off the books, and leaves its money in nobody's hands: the caller books it at once.
@@ -192,6 +201,7 @@ local function settle(keys, args)
   end
   redis.call('HINCRBY', keys[ACCOUNT], 'balance', rest)
   redis.call('HINCRBY', keys[ACCOUNT], 'charged', amount)
+  rate_give_back(keys[RATES], request, tonumber(prompt) + tonumber(completion))
   return {'posted', append(keys, {
     kind = 'post', request = request, tenant = tenant, key = key, model = model, prompt = prompt,
     completion = completion, cached = cached, input = input, output = output, version = version,
@@ -209,6 +219,7 @@ local function release_one(keys, tenant, request, reason)
     return less_held_than_open(keys)
   end
   redis.call('HINCRBY', keys[ACCOUNT], 'balance', held)
+  rate_give_back(keys[RATES], request, 0)
   entry.kind, entry.request, entry.tenant, entry.amount, entry.note = 'release', request, tenant, held, reason
   append(keys, entry)
   return true

@@ -4,9 +4,11 @@ use std::{collections::BTreeMap, net::TcpListener, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use lightcone::{
+    admission::RateLimits,
     config,
     domain::{
-        Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceBook, RequestId, TokenEvent, Usage,
+        Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceBook, Priority, RequestId,
+        TokenEvent, Usage,
     },
     edge::{self, EdgeHandle, EdgeSpec, ServedModel},
     grammar::Grammars,
@@ -75,21 +77,46 @@ pub fn settings() -> config::Edge {
     }
 }
 
+/// What an edge under test is made with.
+pub struct Furniture {
+    pub settings: config::Edge,
+    pub depth_max: usize,
+    pub balance: i64,
+    /// Of its holds.
+    pub lease: Duration,
+    pub limits: RateLimits,
+    pub priority_max: Priority,
+}
+
+impl Default for Furniture {
+    fn default() -> Self {
+        Self {
+            settings: settings(),
+            depth_max: 8,
+            balance: 1_000_000_000,
+            lease: LEASE,
+            limits: RateLimits::default(),
+            priority_max: Priority::High,
+        }
+    }
+}
+
 impl Front {
     pub async fn start() -> Self {
         Self::with(settings(), 8, 1_000_000_000).await
     }
 
     pub async fn with(settings: config::Edge, depth_max: usize, balance: i64) -> Self {
-        Self::furnish(settings, depth_max, balance, LEASE).await
+        Self::furnished(Furniture { settings, depth_max, balance, ..Furniture::default() }).await
     }
 
     /// An edge that renews its holds every third of `lease`.
     pub async fn with_renewal(lease: Duration) -> Self {
-        Self::furnish(settings(), 8, 1_000_000_000, lease).await
+        Self::furnished(Furniture { lease, ..Furniture::default() }).await
     }
 
-    async fn furnish(settings: config::Edge, depth_max: usize, balance: i64, hold_lease: Duration) -> Self {
+    pub async fn furnished(furniture: Furniture) -> Self {
+        let Furniture { settings, depth_max, balance, lease: hold_lease, limits, priority_max } = furniture;
         let house = House::with_balance(balance).await;
         let queue = Queue::new(house.store.clone(), QueueLimits { depth_max, claim_lease: LEASE });
         let metrics = Arc::new(Metrics::new());
@@ -120,7 +147,8 @@ impl Front {
             prompts: BTreeMap::from([(MODEL.into(), prompt)]),
             price_version: book.version,
             wait_max: Duration::from_secs(60),
-            admission: house.admission.clone(),
+            admission: house.admission.clone().with_limits(limits),
+            priority_max,
             ledger: Ledger::new(house.store.clone(), hold_lease),
             queue: queue.clone(),
             records: Records::new(house.store.clone(), Retention::default(), hold_lease),

@@ -9,4 +9,5 @@ pub mod house;
 pub mod hub;
 pub mod model;
 pub mod process;
+pub mod requests;
 pub mod valkey;

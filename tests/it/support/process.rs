@@ -27,23 +27,30 @@ pub struct Home {
     folder: tempfile::TempDir,
 }
 
+const SCRIPTED: &str = "engine = \"scripted\"\ncontext_tokens_max = 1024\noutput_tokens_max = 512\n\
+                        sequences_max = 4\nkv_memory_mib = 1024\n";
+
 impl Home {
     pub fn new(extra: &str) -> Self {
+        Self::of_model(SCRIPTED, &format!("[engine]\nstall_ms_max = 1500\n{extra}"))
+    }
+
+    /// `model`: lines of the only model's table; `extra`: further sections.
+    pub fn of_model(model: &str, extra: &str) -> Self {
         let folder = tempfile::Builder::new().prefix("lc-").tempdir_in("/tmp").expect("a temporary folder");
         std::fs::create_dir_all(folder.path().join("data/models")).expect("a folder");
         std::fs::create_dir_all(folder.path().join("data/bin")).expect("a folder");
         let link = |from: PathBuf, to: &str| {
             std::os::unix::fs::symlink(from, folder.path().join("data").join(to)).expect("a link");
         };
-        let model = model::model_path();
-        link(model.canonicalize().expect("the model"), "models/SmolLM2-135M-Instruct.Q4_1.gguf");
+        let file = model::model_path();
+        link(file.canonicalize().expect("the model"), "models/SmolLM2-135M-Instruct.Q4_1.gguf");
+        link(model::data_dir().join("lib").canonicalize().expect("ONNX Runtime"), "lib");
         link(valkey::program().canonicalize().expect("the server"), "bin/valkey-server");
         let config = format!(
             "[node]\nlog = \"info\"\ndrain_ms_max = 4000\n[edge]\nhttp_threads = 1\n\
              [queue]\nclaim_lease_ms = 2000\nwait_ms_max = 30000\n[ledger]\nhold_lease_ms = 2000\nsweep_ms = 200\n\
-             [engine]\nstall_ms_max = 1500\n\
-             [models.\"tzafon.sm-1\"]\nengine = \"scripted\"\ncontext_tokens_max = 1024\noutput_tokens_max = 512\n\
-             sequences_max = 4\nkv_memory_mib = 1024\n[models.\"tzafon.northstar-cua-fast\"]\nenabled = false\n{extra}"
+             [models.\"tzafon.sm-1\"]\n{model}\n[models.\"tzafon.northstar-cua-fast\"]\nenabled = false\n{extra}"
         );
         std::fs::write(folder.path().join("config.toml"), config).expect("a file");
         Self { folder }
@@ -178,6 +185,7 @@ impl Node {
     pub async fn ask(&self, key: &str, text: &str, tokens: u32) -> Answer {
         let body = json!({
             "messages": [{ "role": "user", "content": text }], "max_tokens": tokens, "ignore_eos": true,
+            "temperature": 0,
             "stream": true, "stream_options": { "include_usage": true },
         });
         let request = self.http.post(format!("{}/v1/chat/completions", self.url)).bearer_auth(key);
