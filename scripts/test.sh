@@ -5,8 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
-TARGET=${CARGO_TARGET_DIR:-target}
-TOOLS=$TARGET/test-tools
 LOG=$TARGET/test-logs
 TESTS_SECONDS_MAX=900
 
@@ -14,15 +12,14 @@ main() {
     find_python
     need_cargo
     need_compiler
-    command -v node >/dev/null && command -v npm >/dev/null ||
-        fail "node and npm are needed for the client tests (on Debian: apt-get install nodejs npm)"
+    need_node
     mkdir -p "$TOOLS" "$LOG"
     scripts/fetch.sh --tests
     LIGHTCONE_TEST_DATA_DIR=$(cd "$DATA_DIR" && pwd)
     export LIGHTCONE_TEST_DATA_DIR
     find_redis_server
-    install_python_clients
-    install_node_clients
+    python_clients=$(python_packages tests/sdk/requirements.txt)
+    npm_clients=$(npm_packages tests/sdk)
 
     cargo test --locked --no-run
     # Where nobody can press Ctrl-C, a test that hangs ends by itself, and everything it started with it.
@@ -32,8 +29,8 @@ main() {
     "${limit[@]}" cargo test --locked --no-fail-fast 2>&1 | tee "$LOG/cargo.log" || rust_status=$?
     sdk_status=0
     if [ -x "$TARGET/debug/lightcone" ]; then
-        PYTHONPATH=$python_clients "$PYTHON" tests/sdk/run.py --node "$TARGET/debug/lightcone" --fetched "$DATA_DIR" \
-            2>&1 | tee "$LOG/sdk.log" || sdk_status=$?
+        "$PYTHON" tests/sdk/run.py --node "$TARGET/debug/lightcone" --fetched "$DATA_DIR" \
+            --client "python=$python_clients" --client "npm=$npm_clients" 2>&1 | tee "$LOG/sdk.log" || sdk_status=$?
     else
         echo "sdk: 0 passed, 1 failed" | tee "$LOG/sdk.log"
         sdk_status=1
@@ -51,7 +48,7 @@ find_redis_server() {
         LIGHTCONE_TEST_REDIS_SERVER=$(command -v redis-server)
     elif redis_from_debian; then
         ln -sf "$(command -v redis-check-rdb)" "$TOOLS/redis-server"
-        LIGHTCONE_TEST_REDIS_SERVER=$PWD/$TOOLS/redis-server
+        LIGHTCONE_TEST_REDIS_SERVER=$TOOLS/redis-server
     else
         LIGHTCONE_TEST_REDIS_SERVER=$LIGHTCONE_TEST_DATA_DIR/bin/valkey-server
         echo "no redis-server here, so the tests use the fetched Valkey (on Debian: apt-get install redis-server)"
@@ -71,32 +68,6 @@ redis_from_debian() {
 
 apt_install() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" </dev/null
-}
-
-# Into a folder of their own, named by what was asked for; no virtual environment is needed for that, and an
-# interrupted install is never taken for a whole one.
-install_python_clients() {
-    local version digest
-    version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    digest=$(sha256sum tests/sdk/requirements.txt | cut -c1-16)
-    python_clients=$PWD/$TOOLS/python-$version-$digest
-    [ -d "$python_clients" ] && return
-    echo "installing the Python clients"
-    rm -rf "$python_clients.unfinished"
-    PIP_REQUIRE_VIRTUALENV=0 PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
-        --only-binary=:all: --target "$python_clients.unfinished" --requirement tests/sdk/requirements.txt </dev/null ||
-        fail "pip could not install tests/sdk/requirements.txt"
-    mv "$python_clients.unfinished" "$python_clients"
-}
-
-install_node_clients() {
-    local stamp=tests/sdk/node_modules/.installed digest
-    digest=$(sha256sum tests/sdk/package-lock.json | cut -c1-64)
-    [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ] && return
-    echo "installing the Node.js clients"
-    (cd tests/sdk && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null) ||
-        fail "npm could not install tests/sdk/package-lock.json"
-    echo "$digest" >"$stamp"
 }
 
 # Adds up both runners; a runner that failed without counting a failure counts as one.

@@ -5,28 +5,8 @@ import unittest
 import uuid
 
 import openai
-from pydantic import BaseModel, Field
+from shapes import WEATHER, Person
 from target import HELLO, KEY, MODEL, SHORT, URL
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Today's weather in a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"enum": ["Bern", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 7}},
-            "required": ["city", "days"],
-            "additionalProperties": False,
-        },
-        "strict": True,
-    },
-}
-
-
-class Person(BaseModel):
-    name: str = Field(max_length=12)
-    age: int = Field(ge=0, le=130)
 
 
 def client():

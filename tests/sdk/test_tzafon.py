@@ -4,15 +4,8 @@ import json
 import unittest
 
 import tzafon
-from pydantic import BaseModel, ConfigDict, Field
+from shapes import Person
 from target import HELLO, KEY, MODEL, MODELS, SHORT, URL
-
-
-class Person(BaseModel):
-    # Without this the schema lets the model add what it likes, and a small one does not stop.
-    model_config = ConfigDict(extra="forbid")
-    name: str = Field(max_length=12)
-    age: int = Field(ge=0, le=130)
 
 
 def client(key=KEY):
