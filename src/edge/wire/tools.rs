@@ -34,6 +34,8 @@ enum Choice {
     None,
     Auto,
     Required,
+    /// This one, and once: a forced function is called exactly one time.
+    Named(String),
     /// Of these, and whether one must be called.
     Of(Vec<String>, bool),
 }
@@ -79,14 +81,18 @@ pub fn toolbox(fields: &Fields) -> Result<Toolbox, ApiError> {
 }
 
 fn chosen(all: Vec<(Tool, String)>, choice: Choice, field: &str, is_single: bool) -> Result<Toolbox, ApiError> {
-    if let Choice::Of(names, _) = &choice {
-        for name in names {
-            if !all.iter().any(|(tool, _)| tool.name == *name) {
-                let why = format!("Invalid '{field}': there is no tool `{}`.", crate::edge::error::shorten(name));
-                return Err(ApiError::field("invalid_value", field, why));
-            }
+    let wanted: &[String] = match &choice {
+        Choice::Named(name) => std::slice::from_ref(name),
+        Choice::Of(names, _) => names,
+        _ => &[],
+    };
+    for name in wanted {
+        if !all.iter().any(|(tool, _)| tool.name == *name) {
+            let why = format!("Invalid '{field}': there is no tool `{}`.", crate::edge::error::shorten(name));
+            return Err(ApiError::field("invalid_value", field, why));
         }
     }
+    let is_single = is_single || matches!(choice, Choice::Named(_));
     let told = match choice {
         Choice::None => Vec::new(),
         _ => all.iter().map(|(tool, _)| tool.clone()).collect(),
@@ -95,6 +101,7 @@ fn chosen(all: Vec<(Tool, String)>, choice: Choice, field: &str, is_single: bool
         Choice::None => (Vec::new(), false),
         Choice::Auto => (all, false),
         Choice::Required => (all, true),
+        Choice::Named(name) => (all.into_iter().filter(|(tool, _)| tool.name == name).collect(), true),
         Choice::Of(names, required) => {
             (all.into_iter().filter(|(tool, _)| names.contains(&tool.name)).collect(), required)
         }
@@ -199,7 +206,7 @@ fn tool_choice(fields: &Fields, has_tools: bool) -> Result<Choice, ApiError> {
                     choice.required("function", function)?
                 }
             };
-            Ok(Choice::Of(vec![name(&function)?], true))
+            Ok(Choice::Named(name(&function)?))
         }
         "allowed_tools" => {
             let allowed = match choice.given("mode") {
@@ -248,9 +255,7 @@ fn function_call(fields: &Fields, has_functions: bool) -> Result<Choice, ApiErro
             let why = "The 'function_call' parameter is only allowed when 'functions' are given.";
             Err(ApiError::field("invalid_value", "function_call", why))
         }
-        Some(value @ Value::Object(_)) => {
-            Ok(Choice::Of(vec![name(&Fields::of(value, "function_call".to_owned())?)?], true))
-        }
+        Some(value @ Value::Object(_)) => Ok(Choice::Named(name(&Fields::of(value, "function_call".to_owned())?)?)),
         Some(other) => Err(wrong_type("function_call", "a string or an object", other)),
     }
 }
