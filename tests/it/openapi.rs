@@ -256,3 +256,27 @@ async fn every_bound_of_a_chat_request_holds_on_both_sides() {
     assert_eq!(fields["max_tokens"]["maximum"], CONTEXT);
     front.assert_nothing_happened("refused").await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_document_allows_is_taken_however_it_is_spelled() {
+    let front = Front::with(settings(), 8, 1).await;
+    let document = document(&front).await;
+    let request = schema(&document, "ChatRequest");
+    let user = json!({ "role": "user", "content": "x" });
+    let call = json!({ "name": "f", "arguments": "" });
+    for body in [
+        json!({ "messages": [user], "max_tokens": 16.0, "seed": 1e3, "stop_token_ids": [7.0] }),
+        json!({ "messages": [user], "repetition_penalty": 5e-324 }),
+        json!({ "messages": [user], "logit_bias": { "7": null, "007": 1 } }),
+        json!({ "messages": [user], "cache_salt": "é".repeat(256), "stop": "é".repeat(1024) }),
+        json!({ "messages": [
+            { "role": "assistant", "function_call": call, "tool_calls": [], "content": null },
+            { "role": "function", "name": "f", "content": "x" },
+        ] }),
+    ] {
+        assert!(request.is_valid(&body), "{body}");
+        let answer = front.ask(&body).send().await.expect("an answer");
+        let (status, text) = (answer.status().as_u16(), answer.text().await.expect("a body"));
+        assert_eq!(status, 402, "{body}: {text}");
+    }
+}

@@ -78,17 +78,23 @@ fn message(fields: &Fields, open: &mut OpenCalls, ignored: &mut Vec<String>) -> 
                 refusal = Some(text.to_owned());
             }
             ("tool_calls", Role::Assistant) => {
-                tool_calls = calls(fields)?;
-                open.ids = tool_calls.iter().map(|call| call.id.clone()).collect();
-                open.at = fields.param(field);
+                let calls = calls(fields)?;
+                // An empty list says nothing, also beside a call of the older form.
+                if !calls.is_empty() {
+                    open.ids = calls.iter().map(|call| call.id.clone()).collect();
+                    open.at = fields.param(field);
+                    tool_calls = calls;
+                }
             }
             ("function_call", Role::Assistant) => {
                 let call = Fields::of(value, fields.param(field))?;
                 let id = format!("function_{}", open.functions);
                 open.functions += 1;
-                open.ids = vec![id.clone()];
-                open.at = fields.param(field);
-                tool_calls = vec![function(&call, id)?];
+                let call = function(&call, id.clone())?;
+                if tool_calls.is_empty() {
+                    (open.ids, open.at) = (vec![id], fields.param(field));
+                    tool_calls = vec![call];
+                }
             }
             ("tool_call_id", Role::Tool) if !is_function => {
                 tool_call_id = fields.text(field, ID_CHARACTERS_MAX)?.map(str::to_owned);

@@ -60,20 +60,18 @@ fn logit_bias(fields: &Fields, vocabulary: usize) -> Result<Vec<(u32, f32)>, Api
     let Some(biases) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
     let mut all = Vec::new();
     for id in fields.map("logit_bias")?.into_iter().flat_map(Map::keys) {
-        // A plus sign would be read as a number, too.
-        let Some(token) = id.parse::<u64>().ok().filter(|_| !id.starts_with('+')) else {
+        if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_digit()) {
             let why = format!("Invalid 'logit_bias': `{}` is not a token id.", crate::edge::error::shorten(id));
             return Err(ApiError::field("invalid_value", "logit_bias", why));
-        };
-        if token >= vocabulary as u64 {
-            return Err(no_token("logit_bias", id, vocabulary));
         }
+        let token = id.parse::<u32>().ok().filter(|token| (*token as usize) < vocabulary);
+        let token = token.ok_or_else(|| no_token("logit_bias", id, vocabulary))?;
         let Some(bias) = biases.number(id, -100.0..=100.0)? else { continue };
         if all.len() == BIASES_MAX {
             let why = format!("Invalid 'logit_bias': at most {BIASES_MAX} tokens.");
             return Err(ApiError::field("object_above_max_properties", "logit_bias", why));
         }
-        all.push((token as u32, bias));
+        all.push((token, bias));
     }
     Ok(all)
 }
