@@ -43,7 +43,7 @@ def is_openapi(document):
 
 
 def page_has_everything(document, page):
-    paths = [path for path in document["paths"] if f"<code>{path}</code>" not in page]
+    paths = [path for path in document["paths"] if f">{path}</code>" not in page]
     if paths:
         return f"/docs lacks {paths}"
     fetched = [word for word in ("src=", "<script", "<link", "@import", "url(") if word in page]

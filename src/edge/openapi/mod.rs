@@ -195,7 +195,7 @@ fn parameters() -> Value {
         "metadata": {
             "name": "metadata", "in": "query", "description": "Only completions with these: `metadata[key]=value`.",
             "style": "deepObject", "explode": true,
-            "schema": { "type": "object", "additionalProperties": { "type": "string" } },
+            "schema": { "type": "object" },
         },
         "idempotency-key": {
             "name": "Idempotency-Key", "in": "header",

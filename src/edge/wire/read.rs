@@ -170,7 +170,9 @@ impl<'a> Fields<'a> {
 /// A number without a fraction, however it is spelled: to JSON, 1 and 1.0 are the same.
 pub fn whole(value: &Value) -> Option<i128> {
     let integer = value.as_i64().map(i128::from).or_else(|| value.as_u64().map(i128::from));
-    integer.or_else(|| value.as_f64().filter(|number| number.fract() == 0.0).map(|number| number as i128))
+    // What is less than every integer would be rounded to the least of them.
+    let rounded = |number: f64| if number <= i64::MIN as f64 { i128::MIN } else { number as i128 };
+    integer.or_else(|| value.as_f64().filter(|number| number.fract() == 0.0).map(rounded))
 }
 
 /// A string that is not empty and has at most `most` characters.
