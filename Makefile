@@ -10,10 +10,10 @@ ARGS ?=
 export DATA_DIR PORT
 
 .DEFAULT_GOAL := help
-.PHONY: help serve fetch build test lint bench clean
+.PHONY: help serve fetch build test test-sdk lint bench clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 serve: ## Fetch what is missing, build, and run the all-in-one node (Ctrl-C stops it)
 	@exec scripts/serve.sh $(ARGS)
@@ -26,6 +26,9 @@ build: ## Build target/release/lightcone
 
 test: ## Run every test, the client libraries' included
 	@exec scripts/test.sh
+
+test-sdk: ## Run many client libraries and agent frameworks, each from its own environment, against one node
+	@exec scripts/test-sdk.sh $(ARGS)
 
 lint: ## Formatting, clippy with warnings denied, house rules of the tree
 	@exec scripts/lint.sh

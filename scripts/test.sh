@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Every test: fetches what they need, runs `cargo test`, then the client libraries against a node of its own.
+# Every test: fetches what they need, runs `cargo test`, then the client libraries against a node of its own, then
+# holds a node against its OpenAPI document.
 # Ends with `N passed, N failed` alone on a line; the exit code is 0 only when none failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/common.sh
 
-TARGET=${CARGO_TARGET_DIR:-target}
-TOOLS=$TARGET/test-tools
 LOG=$TARGET/test-logs
 TESTS_SECONDS_MAX=900
 
@@ -14,15 +13,15 @@ main() {
     find_python
     need_cargo
     need_compiler
-    command -v node >/dev/null && command -v npm >/dev/null ||
-        fail "node and npm are needed for the client tests (on Debian: apt-get install nodejs npm)"
+    need_node
     mkdir -p "$TOOLS" "$LOG"
     scripts/fetch.sh --tests
     LIGHTCONE_TEST_DATA_DIR=$(cd "$DATA_DIR" && pwd)
     export LIGHTCONE_TEST_DATA_DIR
     find_redis_server
-    install_python_clients
-    install_node_clients
+    python_clients=$(python_packages tests/sdk/requirements.txt)
+    npm_clients=$(npm_packages tests/sdk)
+    openapi_tools=$(python_packages tests/openapi/requirements.txt)
 
     cargo test --locked --no-run
     # Where nobody can press Ctrl-C, a test that hangs ends by itself, and everything it started with it.
@@ -30,13 +29,16 @@ main() {
     [ -t 0 ] || limit=(timeout --kill-after=10 "$TESTS_SECONDS_MAX")
     rust_status=0
     "${limit[@]}" cargo test --locked --no-fail-fast 2>&1 | tee "$LOG/cargo.log" || rust_status=$?
-    sdk_status=0
+    sdk_status=0 openapi_status=0
     if [ -x "$TARGET/debug/lightcone" ]; then
-        PYTHONPATH=$python_clients "$PYTHON" tests/sdk/run.py --node "$TARGET/debug/lightcone" --fetched "$DATA_DIR" \
-            2>&1 | tee "$LOG/sdk.log" || sdk_status=$?
+        "$PYTHON" tests/sdk/run.py --node "$TARGET/debug/lightcone" --fetched "$DATA_DIR" \
+            --client "python=$python_clients" --client "npm=$npm_clients" 2>&1 | tee "$LOG/sdk.log" || sdk_status=$?
+        PYTHONPATH=$openapi_tools "$PYTHON" tests/openapi/conformance.py --node "$TARGET/debug/lightcone" \
+            --fetched "$DATA_DIR" 2>&1 | tee "$LOG/openapi.log" || openapi_status=$?
     else
         echo "sdk: 0 passed, 1 failed" | tee "$LOG/sdk.log"
-        sdk_status=1
+        echo "openapi: 0 passed, 1 failed" | tee "$LOG/openapi.log"
+        sdk_status=1 openapi_status=1
     fi
     report
 }
@@ -51,7 +53,7 @@ find_redis_server() {
         LIGHTCONE_TEST_REDIS_SERVER=$(command -v redis-server)
     elif redis_from_debian; then
         ln -sf "$(command -v redis-check-rdb)" "$TOOLS/redis-server"
-        LIGHTCONE_TEST_REDIS_SERVER=$PWD/$TOOLS/redis-server
+        LIGHTCONE_TEST_REDIS_SERVER=$TOOLS/redis-server
     else
         LIGHTCONE_TEST_REDIS_SERVER=$LIGHTCONE_TEST_DATA_DIR/bin/valkey-server
         echo "no redis-server here, so the tests use the fetched Valkey (on Debian: apt-get install redis-server)"
@@ -73,43 +75,19 @@ apt_install() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" </dev/null
 }
 
-# Into a folder of their own, named by what was asked for; no virtual environment is needed for that, and an
-# interrupted install is never taken for a whole one.
-install_python_clients() {
-    local version digest
-    version=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-    digest=$(sha256sum tests/sdk/requirements.txt | cut -c1-16)
-    python_clients=$PWD/$TOOLS/python-$version-$digest
-    [ -d "$python_clients" ] && return
-    echo "installing the Python clients"
-    rm -rf "$python_clients.unfinished"
-    PIP_REQUIRE_VIRTUALENV=0 PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
-        --only-binary=:all: --target "$python_clients.unfinished" --requirement tests/sdk/requirements.txt </dev/null ||
-        fail "pip could not install tests/sdk/requirements.txt"
-    mv "$python_clients.unfinished" "$python_clients"
-}
-
-install_node_clients() {
-    local stamp=tests/sdk/node_modules/.installed digest
-    digest=$(sha256sum tests/sdk/package-lock.json | cut -c1-64)
-    [ "$(cat "$stamp" 2>/dev/null)" = "$digest" ] && return
-    echo "installing the Node.js clients"
-    (cd tests/sdk && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null) ||
-        fail "npm could not install tests/sdk/package-lock.json"
-    echo "$digest" >"$stamp"
-}
-
-# Adds up both runners; a runner that failed without counting a failure counts as one.
+# Adds up the runners; a runner that failed without counting a failure counts as one.
 report() {
     local counts passed failed
-    counts=$(awk -v rust="$rust_status" -v sdk="$sdk_status" '
+    counts=$(awk -v rust="$rust_status" -v sdk="$sdk_status" -v openapi="$openapi_status" '
         FILENAME ~ /cargo.log$/ && /^test result:/ { passed += $4; failed += $6; rust_failed += $6 }
         FILENAME ~ /sdk.log$/ && /^sdk: / { passed += $2; failed += $4; sdk_failed += $4; sdk_seen = 1 }
+        FILENAME ~ /openapi.log$/ && /^openapi: / { passed += $2; failed += $4; openapi_failed += $4; openapi_seen = 1 }
         END {
             if (rust != 0 && rust_failed == 0) failed++
             if ((sdk != 0 || !sdk_seen) && sdk_failed == 0) failed++
+            if ((openapi != 0 || !openapi_seen) && openapi_failed == 0) failed++
             print passed + 0, failed + 0
-        }' "$LOG/cargo.log" "$LOG/sdk.log")
+        }' "$LOG/cargo.log" "$LOG/sdk.log" "$LOG/openapi.log")
     read -r passed failed <<<"$counts"
     echo "$passed passed, $failed failed"
     [ "$failed" = 0 ] && [ "$passed" -gt 0 ]

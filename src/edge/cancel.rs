@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde_json::json;
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::{auth::authenticate, error::ApiError, state::EdgeState, stored::store_failed};
 use crate::{
@@ -11,6 +12,15 @@ use crate::{
     domain::{ModelId, RequestId, TenantId},
     ledger::ReleaseReason,
 };
+
+#[derive(JsonSchema, Serialize)]
+pub struct Cancellation<'a> {
+    id: &'a str,
+    #[schemars(extend("const" = "cancellation"))]
+    object: &'static str,
+    #[schemars(extend("const" = "cancelling"))]
+    status: &'static str,
+}
 
 /// Of a chat completion, a completion or a response: what distinguishes them is in front of what names them.
 pub async fn cancel(
@@ -34,7 +44,7 @@ pub async fn cancel(
     if !is_found {
         return Err(ApiError::not_found("completion in progress", &id));
     }
-    Ok(HttpResponse::Ok().json(json!({ "id": id.as_str(), "object": "cancellation", "status": "cancelling" })))
+    Ok(HttpResponse::Ok().json(Cancellation { id: &id, object: "cancellation", status: "cancelling" }))
 }
 
 /// A request whose client this edge has. The stream ends with what was used.

@@ -121,16 +121,22 @@ struct Again {
 
 impl Again {
     fn of(http: &HttpRequest) -> Result<Option<Self>, ApiError> {
-        let header = |name: &str| http.headers().get(name).map(|value| value.to_str().unwrap_or_default());
-        let after = match header("last-event-id").map(str::trim) {
-            None | Some("") => 0,
-            Some(text) => text.parse().map_err(|_| {
-                let why = "Invalid 'Last-Event-ID': expected the number that the last event had as its id.";
-                ApiError::field("invalid_value", "Last-Event-ID", why)
-            })?,
+        // Within: `None` for what is not text.
+        let header = |name: &str| http.headers().get(name).map(|value| value.to_str().ok().map(str::trim));
+        let after = match header("last-event-id") {
+            None | Some(Some("")) => 0,
+            Some(text) => {
+                let digits = text.filter(|text| text.len() <= 9 && !text.starts_with('+'));
+                digits.and_then(|text| text.parse().ok()).ok_or_else(|| {
+                    let why = "Invalid 'Last-Event-ID': expected the number that the last event had as its id.";
+                    ApiError::field("invalid_value", "Last-Event-ID", why)
+                })?
+            }
         };
         match header("idempotency-key") {
-            Some(key) if (1..=KEY_BYTES_MAX).contains(&key.len()) => Ok(Some(Self { key: key.to_owned(), after })),
+            Some(Some(key)) if (1..=KEY_BYTES_MAX).contains(&key.len()) => {
+                Ok(Some(Self { key: key.to_owned(), after }))
+            }
             Some(_) => {
                 let why = format!("Invalid 'Idempotency-Key': expected 1 to {KEY_BYTES_MAX} printable characters.");
                 Err(ApiError::field("invalid_value", "Idempotency-Key", why))

@@ -30,7 +30,7 @@ struct Fault {
     message: String,
     retry_after_ms: Option<u64>,
     never_retry: bool,
-    allow: Option<&'static str>,
+    allow: Option<String>,
     close: bool,
     rates: Rates,
     /// Why it was refused, as the metrics name it.
@@ -38,7 +38,7 @@ struct Fault {
 }
 
 #[derive(JsonSchema, Serialize)]
-pub(super) struct Envelope<'a> {
+pub struct Envelope<'a> {
     error: Body<'a>,
 }
 
@@ -49,6 +49,20 @@ struct Body<'a> {
     kind: &'a str,
     param: Option<&'a str>,
     code: Option<&'a str>,
+}
+
+/// An error in the form of RFC 9457.
+#[derive(JsonSchema, Serialize)]
+pub struct Problem<'a> {
+    #[serde(rename = "type")]
+    kind: &'a str,
+    title: &'a str,
+    status: u16,
+    detail: &'a str,
+    /// The request's id.
+    instance: &'a str,
+    code: Option<&'a str>,
+    param: Option<&'a str>,
 }
 
 const INVALID_REQUEST: &str = "invalid_request_error";
@@ -133,10 +147,10 @@ impl ApiError {
         error
     }
 
-    pub fn method_not_allowed(method: &str, path: &str, allow: &'static str) -> Self {
+    pub fn method_not_allowed(method: &str, path: &str, allow: impl Into<String>) -> Self {
         let why = format!("Not allowed to {} on {}.", shorten(method), shorten(path));
         let mut error = Self::new(StatusCode::METHOD_NOT_ALLOWED, INVALID_REQUEST, "method_not_allowed", why);
-        error.0.allow = Some(allow);
+        error.0.allow = Some(allow.into());
         error
     }
 
@@ -347,13 +361,16 @@ impl ApiError {
 
     /// The same in the form of RFC 9457.
     pub fn problem(&self, request_id: &str) -> Vec<u8> {
-        let title = self.0.status.canonical_reason().unwrap_or("Error");
-        serde_json::json!({
-            "type": "about:blank", "title": title, "status": self.0.status.as_u16(), "detail": self.0.message,
-            "instance": request_id, "code": self.0.code, "param": self.0.param,
-        })
-        .to_string()
-        .into_bytes()
+        let problem = Problem {
+            kind: "about:blank",
+            title: self.0.status.canonical_reason().unwrap_or("Error"),
+            status: self.0.status.as_u16(),
+            detail: &self.0.message,
+            instance: request_id,
+            code: self.0.code,
+            param: self.0.param.as_deref(),
+        };
+        serde_json::to_vec(&problem).expect("strings serialise")
     }
 
     /// `{"error": {…}}`, also what a stream that has begun ends with.
@@ -388,8 +405,11 @@ impl ResponseError for ApiError {
         if self.0.never_retry {
             answer.insert_header(("x-should-retry", "false"));
         }
-        if let Some(allow) = self.0.allow {
-            answer.insert_header((header::ALLOW, allow));
+        if let Some(allow) = &self.0.allow {
+            answer.insert_header((header::ALLOW, allow.as_str()));
+        }
+        if self.0.status == StatusCode::UNAUTHORIZED {
+            answer.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
         }
         if self.0.close {
             // The rest of the body, if there is one, is not worth reading.

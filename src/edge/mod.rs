@@ -16,6 +16,7 @@ mod error;
 mod generation;
 mod models;
 mod openapi;
+mod operations;
 mod rates;
 mod recording;
 mod server;

@@ -13,6 +13,7 @@ use crate::domain::{ModelId, NanoUsd};
 
 #[derive(JsonSchema, Serialize)]
 pub(super) struct List<'a> {
+    #[schemars(extend("const" = "list"))]
     object: &'static str,
     data: Vec<Model<'a>>,
 }
@@ -21,6 +22,7 @@ pub(super) struct List<'a> {
 pub(super) struct Model<'a> {
     #[schemars(with = "String")]
     id: &'a ModelId,
+    #[schemars(extend("const" = "model"))]
     object: &'static str,
     created: u64,
     owned_by: &'a str,

@@ -22,12 +22,10 @@ use uuid::Uuid;
 
 use super::{
     cancel,
-    dialect::{chat::Chat, completions::Completions, responses::Responses},
-    endpoint,
     error::ApiError,
-    models, openapi, rates,
+    openapi::Document,
+    operations, rates,
     state::{EdgeSpec, EdgeState},
-    status, stored, tokens,
 };
 use crate::{
     admission::Rates,
@@ -136,6 +134,7 @@ impl EdgeHandle {
 fn bind(state: Arc<EdgeState>, listener: TcpListener) -> std::io::Result<actix_web::dev::Server> {
     let threads = state.settings.http_threads.max(1);
     let connections = state.settings.connections_max.div_ceil(threads).max(1);
+    let document = Arc::new(Document::of(&state));
     let data = web::Data::from(state);
     let server = HttpServer::new(move || {
         App::new()
@@ -143,7 +142,8 @@ fn bind(state: Arc<EdgeState>, listener: TcpListener) -> std::io::Result<actix_w
             .wrap(from_fn(observe))
             .wrap(Compress::default())
             .wrap(cors(&data.settings.cors_origins))
-            .configure(routes)
+            .app_data(web::Data::from(Arc::clone(&document)))
+            .configure(operations::bind)
             .default_service(web::to(unknown_path))
     })
     .workers(threads)
@@ -161,50 +161,6 @@ fn bind(state: Arc<EdgeState>, listener: TcpListener) -> std::io::Result<actix_w
     Ok(server)
 }
 
-fn routes(app: &mut web::ServiceConfig) {
-    for prefix in ["/v1", ""] {
-        // With and without the version: the base URL of a client may or may not end in it.
-        let at = |path: &str| web::resource(format!("{prefix}{path}"));
-        let asked = at("/chat/completions").route(web::post().to(endpoint::create::<Chat>));
-        app.service(asked.route(web::get().to(stored::list_chat)).default_service(web::to(only_get_and_post)));
-        let kept = at("/chat/completions/{id}").route(web::get().to(stored::get_chat));
-        app.service(kept.route(web::delete().to(stored::delete_chat)).default_service(web::to(only_get_and_delete)));
-        for path in ["/chat/completions", "/completions", "/responses"] {
-            let cancelled = at(&format!("{path}/{{id}}/cancel")).route(web::post().to(cancel::cancel));
-            app.service(cancelled.default_service(web::to(only_post)));
-        }
-        let asked = at("/tokenize").route(web::post().to(tokens::tokenize));
-        app.service(asked.default_service(web::to(only_post)));
-        let asked = at("/detokenize").route(web::post().to(tokens::detokenize));
-        app.service(asked.default_service(web::to(only_post)));
-        let asked = at("/completions").route(web::post().to(endpoint::create::<Completions>));
-        app.service(asked.default_service(web::to(only_post)));
-        let asked = at("/responses").route(web::post().to(endpoint::create::<Responses>));
-        app.service(asked.default_service(web::to(only_post)));
-        let kept = at("/responses/{id}").route(web::get().to(stored::get_response));
-        let kept = kept.route(web::delete().to(stored::delete_response));
-        app.service(kept.default_service(web::to(only_get_and_delete)));
-    }
-    for prefix in ["/v1/models", "/models"] {
-        let resource = web::resource(prefix).route(web::get().to(models::list));
-        app.service(resource.default_service(web::to(only_get)));
-        // Names of models may contain slashes.
-        let resource = web::resource(format!("{prefix}/{{id:.+}}")).route(web::get().to(models::one));
-        app.service(resource.default_service(web::to(only_get)));
-    }
-    for (path, get) in [("/openapi.json", web::get().to(openapi::json)), ("/docs", web::get().to(openapi::page))] {
-        app.service(web::resource(path).route(get).default_service(web::to(only_get)));
-    }
-    for (path, get, head) in [
-        ("/healthz", web::get().to(status::healthz), web::head().to(status::healthz)),
-        ("/readyz", web::get().to(status::readyz), web::head().to(status::readyz)),
-        ("/metrics", web::get().to(status::metrics), web::head().to(status::metrics)),
-    ] {
-        let resource = web::resource(path).route(get).route(head);
-        app.service(resource.default_service(web::to(only_get)));
-    }
-}
-
 /// For browsers. Who calls is told by a key and never by a cookie, so other sites gain nothing by being let in.
 fn cors(origins: &[String]) -> Cors {
     let cors = Cors::default()
@@ -216,22 +172,6 @@ fn cors(origins: &[String]) -> Cors {
         return cors.allow_any_origin().send_wildcard();
     }
     origins.iter().fold(cors, |cors, origin| cors.allowed_origin(origin))
-}
-
-async fn only_get_and_post(http: HttpRequest) -> HttpResponse {
-    ApiError::method_not_allowed(http.method().as_str(), http.path(), "GET, POST").error_response()
-}
-
-async fn only_get_and_delete(http: HttpRequest) -> HttpResponse {
-    ApiError::method_not_allowed(http.method().as_str(), http.path(), "GET, DELETE").error_response()
-}
-
-async fn only_post(http: HttpRequest) -> HttpResponse {
-    ApiError::method_not_allowed(http.method().as_str(), http.path(), "POST").error_response()
-}
-
-async fn only_get(http: HttpRequest) -> HttpResponse {
-    ApiError::method_not_allowed(http.method().as_str(), http.path(), "GET").error_response()
 }
 
 async fn unknown_path(http: HttpRequest) -> HttpResponse {

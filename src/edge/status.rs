@@ -1,13 +1,29 @@
 //! For those who run the node: is it alive, is it ready, what has it done.
 
 use actix_web::{HttpResponse, http::header, web};
-use serde_json::json;
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::state::EdgeState;
 
+#[derive(JsonSchema, Serialize)]
+pub(super) struct Health {
+    #[schemars(extend("const" = "ok"))]
+    status: &'static str,
+}
+
+#[derive(JsonSchema, Serialize)]
+pub(super) struct Readiness {
+    #[schemars(extend("enum" = ["ready", "not ready"]))]
+    status: &'static str,
+    /// Why not.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    reasons: Vec<String>,
+}
+
 /// The process answers.
 pub(super) async fn healthz() -> HttpResponse {
-    HttpResponse::Ok().json(json!({ "status": "ok" }))
+    HttpResponse::Ok().json(Health { status: "ok" })
 }
 
 /// A request sent now would be served.
@@ -21,11 +37,11 @@ pub(super) async fn readyz(state: web::Data<EdgeState>) -> HttpResponse {
     }
     reasons.extend((state.readiness)().await);
     if reasons.is_empty() {
-        return HttpResponse::Ok().json(json!({ "status": "ready" }));
+        return HttpResponse::Ok().json(Readiness { status: "ready", reasons });
     }
     HttpResponse::ServiceUnavailable()
         .insert_header((header::RETRY_AFTER, "1"))
-        .json(json!({ "status": "not ready", "reasons": reasons }))
+        .json(Readiness { status: "not ready", reasons })
 }
 
 pub(super) async fn metrics(state: web::Data<EdgeState>) -> HttpResponse {

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde_json::{Map, Value, json};
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde_json::{Map, Value};
 
 use super::{answer::Whole, auth::authenticate, error::ApiError, generation::unix_ms, state::EdgeState};
 use crate::{
@@ -126,12 +128,37 @@ async fn delete(
     state: &EdgeState,
     id: &str,
     kind: &str,
-    object: &str,
+    object: &'static str,
 ) -> Result<HttpResponse, ApiError> {
     let (tenant, _) = found(http, state, id, kind).await?;
     state.records.delete(&tenant, id).await.map_err(store_failed)?;
-    Ok(HttpResponse::Ok().json(json!({ "id": id, "object": object, "deleted": true })))
+    Ok(HttpResponse::Ok().json(Deleted { id, object, deleted: true }))
 }
+
+#[derive(JsonSchema, Serialize)]
+pub struct Deleted<'a> {
+    id: &'a str,
+    #[schemars(extend("enum" = ["chat.completion.deleted", "response.deleted"]))]
+    object: &'static str,
+    #[schemars(extend("const" = true))]
+    deleted: bool,
+}
+
+#[derive(JsonSchema, Serialize)]
+pub struct ChatList<'a> {
+    #[schemars(extend("const" = "list"))]
+    object: &'static str,
+    #[schemars(with = "Vec<Stored>")]
+    data: Vec<Value>,
+    first_id: Option<&'a str>,
+    last_id: Option<&'a str>,
+    has_more: bool,
+}
+
+/// Stands for what is kept as it was answered.
+#[derive(JsonSchema)]
+#[schemars(extend("$ref" = "#/components/schemas/StoredChatCompletion"))]
+struct Stored {}
 
 /// Which of the stored answers a list is to have.
 #[derive(Default)]
@@ -165,6 +192,10 @@ impl Wanted {
                         return Err(ApiError::field("out_of_range", "limit", why));
                     }
                 },
+                "metadata" => {
+                    let why = "Invalid 'metadata': expected 'metadata[key]=value'.";
+                    return Err(ApiError::field("invalid_value", "metadata", why));
+                }
                 name => {
                     let key = name.strip_prefix("metadata[").and_then(|name| name.strip_suffix(']'));
                     wanted.metadata.extend(key.map(|key| (key.to_owned(), value)));
@@ -195,9 +226,8 @@ pub async fn list_chat(http: HttpRequest, state: web::Data<EdgeState>) -> Result
         state.records.list(&principal.tenant, wanted.order, wanted.after.as_deref(), wanted.limit, choose).await;
     let (found, has_more) = listed.map_err(store_failed)?;
     let (ids, data): (Vec<String>, Vec<Value>) = found.into_iter().unzip();
-    Ok(HttpResponse::Ok().json(json!({
-        "object": "list", "data": data, "first_id": ids.first(), "last_id": ids.last(), "has_more": has_more,
-    })))
+    let (first_id, last_id) = (ids.first().map(String::as_str), ids.last().map(String::as_str));
+    Ok(HttpResponse::Ok().json(ChatList { object: "list", data, first_id, last_id, has_more }))
 }
 
 /// What an earlier response and those before it said.

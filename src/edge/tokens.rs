@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use actix_web::{HttpRequest, HttpResponse, web};
-use serde_json::json;
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::{
     auth::authenticate,
@@ -17,6 +18,21 @@ use crate::{
     domain::ModelId,
     prompt::{Ask, Asked},
 };
+
+#[derive(JsonSchema, Serialize)]
+pub struct Tokens<'a> {
+    count: usize,
+    max_model_len: u32,
+    tokens: Vec<u32>,
+    /// Where `return_token_strs` asked for them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_strs: Option<Vec<&'a str>>,
+}
+
+#[derive(JsonSchema, Serialize)]
+pub struct Text<'a> {
+    prompt: &'a str,
+}
 
 /// The body, and the model that it is about.
 async fn asked(http: &HttpRequest, payload: &mut web::Payload, state: &EdgeState) -> Result<(Body, ModelId), ApiError> {
@@ -45,14 +61,10 @@ pub async fn tokenize(
     let prepared = state.pool.prepare(model.clone(), Ask::new(prompt)).await?;
     let tokens = if is_empty { Vec::new() } else { prepared.tokens };
     let known = state.known(&model);
-    let mut answer = json!({
-        "count": tokens.len(), "max_model_len": state.models[&model].context_tokens_max, "tokens": tokens,
-    });
-    if wants_texts {
-        let texts = tokens.iter().map(|token| known.vocabulary.tokens[*token as usize].as_str());
-        answer["token_strs"] = texts.collect::<Vec<_>>().into();
-    }
-    Ok(HttpResponse::Ok().json(answer))
+    let texts = || tokens.iter().map(|token| known.vocabulary.tokens[*token as usize].as_str()).collect();
+    let token_strs = wants_texts.then(texts);
+    let max_model_len = state.models[&model].context_tokens_max;
+    Ok(HttpResponse::Ok().json(Tokens { count: tokens.len(), max_model_len, token_strs, tokens }))
 }
 
 pub async fn detokenize(
@@ -64,5 +76,5 @@ pub async fn detokenize(
     let known = state.known(&model);
     let tokens = tokens::read_tokens(body, known.vocabulary.len())?;
     let bytes: Vec<u8> = tokens.iter().flat_map(|token| known.vocabulary.spelled(*token)).copied().collect();
-    Ok(HttpResponse::Ok().json(json!({ "prompt": String::from_utf8_lossy(&bytes) })))
+    Ok(HttpResponse::Ok().json(Text { prompt: &String::from_utf8_lossy(&bytes) }))
 }

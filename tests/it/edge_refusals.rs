@@ -140,6 +140,14 @@ fn bad_bodies() -> Vec<Bad> {
         bad(with("logit_bias", json!({"x": 1})), "invalid_value", Some("logit_bias")),
         bad(with("logit_bias", json!({"1001": 1})), "out_of_range", Some("logit_bias")),
         bad(with("logit_bias", json!([1])), "invalid_type", Some("logit_bias")),
+        bad(with("logit_bias", json!({"+5": 1})), "invalid_value", Some("logit_bias")),
+        bad(with("logit_bias", json!({"x": null})), "invalid_value", Some("logit_bias")),
+        bad(with("logit_bias", json!({"998944234531687957660": 1})), "out_of_range", Some("logit_bias")),
+        bad(json!({"max_completion_tokens": 5, "max_tokens": 0, "messages": []}).to_string(), "integer_below_min_value", Some("max_tokens")),
+        bad(with("seed", json!(1.5)), "invalid_type", Some("seed")),
+        bad(with("documents", json!([1])), "invalid_type", Some("documents[0]")),
+        bad(with("structured_outputs", json!({"disable_any_whitespace": 1})), "invalid_type", Some("structured_outputs.disable_any_whitespace")),
+        bad(with("function_call", json!({"name": "f"})), "invalid_value", Some("function_call")),
         bad(with("logprobs", json!(1)), "invalid_type", Some("logprobs")),
         bad(with("top_logprobs", json!(2)), "invalid_value", Some("top_logprobs")),
         bad(with("top_logprobs", json!(21)), "out_of_range", Some("top_logprobs")),
@@ -269,7 +277,7 @@ async fn wrong_paths_methods_and_content_types_are_told_apart() {
         ("PUT", "/chat/completions", "GET, POST"),
         ("DELETE", "/v1/models", "GET"),
         ("POST", "/models/x", "GET"),
-        ("POST", "/metrics", "GET"),
+        ("POST", "/metrics", "GET, HEAD"),
     ] {
         let answer = front.http.request(method.parse().unwrap(), url(path)).send().await.unwrap();
         assert_eq!(answer.headers()["allow"], allow);

@@ -19,6 +19,7 @@ mod gguf_hostile;
 mod grammar;
 mod joined;
 mod models;
+mod openapi;
 mod store_accounts;
 mod store_money;
 mod store_outage;

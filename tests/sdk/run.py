@@ -1,33 +1,21 @@
 #!/usr/bin/env python3
 """Runs the client libraries against a node of its own, then asks the ledger whether it balances.
 
-Starts the node on a free port of 127.0.0.1 with a data folder of its own, and stops it by its pid. Every
-request is bounded, and nothing but that node is talked to. Ends with `sdk: N passed, N failed`.
+Starts the node and stops it by its pid. Every request is bounded, and nothing but that node is talked to. A client
+is NAME=FOLDER: a name that clients.py knows or that lies in wide/, and where its packages are installed.
+Ends with `sdk: N passed, N failed`.
 
-    run.py --node target/debug/lightcone --fetched .lightcone
-    run.py --url http://127.0.0.1:8080 --key-file .lightcone/dev-key     (a node that runs already)
+    run.py --node target/debug/lightcone --fetched .lightcone --client python=FOLDER --client npm=FOLDER
+    run.py --url http://127.0.0.1:8080 --key-file .lightcone/dev-key --client tzafon=FOLDER    (a node that runs already)
 """
 
 import argparse
-import json
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-import unittest
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-READY_SECONDS_MAX = 180
-STOP_SECONDS_MAX = 45
-NODE_TESTS_SECONDS_MAX = 600
+import clients
+from node import Node
 
 
 class Tally:
@@ -41,149 +29,16 @@ class Tally:
         print(f"{name} ... {'ok' if fault is None else 'FAILED: ' + fault}", flush=True)
 
 
-# --- the node -------------------------------------------------------------------------------------
-
-
-class Node:
-    """A node with a fresh data folder whose fetched files are links to those of `fetched`."""
-
-    def __init__(self, program, fetched):
-        self.program = str(Path(program).resolve())
-        self.data_dir = Path(tempfile.mkdtemp(prefix="lightcone-sdk-"))
-        for part in ("bin", "lib", "models"):
-            (self.data_dir / part).symlink_to((Path(fetched) / part).resolve())
-        self.url = f"http://127.0.0.1:{free_port()}"
-        self.log = (self.data_dir / "node.log").open("w+")
-        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTCONE_")}
-        self.process = None
-
-    def start(self):
-        command = [self.program, "serve", "--listen", self.url[len("http://") :], "--data-dir", str(self.data_dir)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=self.environment
-        )
-        deadline = time.monotonic() + READY_SECONDS_MAX
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                return f"the node ended with {self.process.returncode} before it was ready"
-            if is_ready(self.url):
-                return None
-            time.sleep(0.1)
-        return f"the node was not ready after {READY_SECONDS_MAX} s"
-
-    def key(self):
-        return (self.data_dir / "dev-key").read_text().strip()
-
-    def verify_ledger(self):
-        command = [self.program, "ledger", "verify", "--data-dir", str(self.data_dir), "--output", "json"]
-        try:
-            verify = subprocess.run(command, capture_output=True, text=True, timeout=60, env=self.environment)
-        except subprocess.TimeoutExpired:
-            return "`ledger verify` did not end"
-        if verify.returncode != 0:
-            return f"`ledger verify` ended with {verify.returncode}: {verify.stdout}{verify.stderr}".strip()
-        imbalance = [value for key, value in walk(json.loads(verify.stdout)) if "imbalance" in key]
-        return None if imbalance == [0] else f"imbalance {imbalance} in {verify.stdout.strip()}"
-
-    def stop(self):
-        """Ctrl-C, as a person would: the node must drain, end well, and leave no process behind."""
-        if self.process.poll() is not None:
-            return f"the node had ended by itself with {self.process.returncode}"
-        children = children_of(self.process.pid)
-        self.process.send_signal(signal.SIGINT)
-        try:
-            status = self.process.wait(STOP_SECONDS_MAX)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            return f"the node had not stopped {STOP_SECONDS_MAX} s after Ctrl-C"
-        left = [pid for pid in children if is_alive(pid)]
-        if left:
-            return f"processes {left} of the node outlived it"
-        return None if status == 0 else f"the node ended with {status}"
-
-    def close(self, show_log):
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        if show_log:
-            self.log.seek(0)
-            print("--- last lines of the node's log ---")
-            print("".join(self.log.readlines()[-60:]), flush=True)
-        self.log.close()
-        shutil.rmtree(self.data_dir, ignore_errors=True)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def is_ready(url):
-    try:
-        with urllib.request.urlopen(url + "/readyz", timeout=2) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def children_of(pid):
-    children = Path(f"/proc/{pid}/task")
-    found = []
-    for task in children.iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
-
-
-def is_alive(pid):
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
-
-
-def walk(value):
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key, inner
-            yield from walk(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from walk(inner)
-
-
-# --- the tests ------------------------------------------------------------------------------------
-
-
-def python_tests(tally):
-    suite = unittest.defaultTestLoader.discover(str(HERE), pattern="test_*.py", top_level_dir=str(HERE))
-    result = unittest.TextTestRunner(stream=sys.stdout, verbosity=2).run(suite)
-    # A test with sub-tests may fail several times, and still is one test.
-    failed = {str(getattr(test, "test_case", test)) for test, _ in result.failures + result.errors}
-    tally.failed += len(failed)
-    tally.passed += result.testsRun - len(failed)
-
-
-def node_tests(tally):
-    command = ["node", "--test", "--test-reporter=tap", "--test-timeout=120000", "openai.test.mjs"]
-    try:
-        tests = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=NODE_TESTS_SECONDS_MAX)
-    except (subprocess.TimeoutExpired, OSError) as fault:
-        return tally.check("npm openai", str(fault))
-    print(tests.stdout + tests.stderr, flush=True)
-    counts = dict(re.findall(r"^# (pass|fail|cancelled) (\d+)$", tests.stdout, re.MULTILINE))
-    tally.passed += int(counts.get("pass", 0))
-    tally.failed += int(counts.get("fail", 0)) + int(counts.get("cancelled", 0))
-    if tests.returncode != 0 and not int(counts.get("fail", 0)):
-        tally.check("npm openai", f"node ended with {tests.returncode}")
-
-
-def client_tests(url, key, tally):
-    os.environ.update(SDK_TEST_URL=url, SDK_TEST_KEY=key)
-    sys.path.insert(0, str(HERE))
-    python_tests(tally)
-    node_tests(tally)
+def client_tests(asked, url, key, tally):
+    table = []
+    for name, _, packages in (client.partition("=") for client in asked):
+        print(f"\n--- {name} ---", flush=True)
+        began = time.monotonic()
+        passed, failed = clients.run(name, packages, url, key)
+        tally.passed += passed
+        tally.failed += failed
+        table.append(f"{name:14} {passed:4} passed {failed:4} failed {time.monotonic() - began:6.1f} s")
+    print("\n" + "\n".join(table), flush=True)
 
 
 def main():
@@ -192,17 +47,19 @@ def main():
     parser.add_argument("--fetched", default=".lightcone", help="data folder that has lib, bin and models")
     parser.add_argument("--url", help="a node that runs already, instead of --node")
     parser.add_argument("--key-file", default=".lightcone/dev-key")
+    parser.add_argument("--client", action="append", required=True, metavar="NAME=FOLDER")
     arguments = parser.parse_args()
     tally = Tally()
     if arguments.url:
-        client_tests(arguments.url.rstrip("/"), Path(arguments.key_file).read_text().strip(), tally)
+        key = Path(arguments.key_file).read_text().strip()
+        client_tests(arguments.client, arguments.url.rstrip("/"), key, tally)
     elif arguments.node:
         node = Node(arguments.node, arguments.fetched)
         try:
             fault = node.start()
             tally.check("a node starts and is ready", fault)
             if fault is None:
-                client_tests(node.url, node.key(), tally)
+                client_tests(arguments.client, node.url, node.key(), tally)
                 tally.check("the ledger balances after all of it", node.verify_ledger())
                 tally.check("Ctrl-C drains the node and leaves no process behind", node.stop())
         finally:

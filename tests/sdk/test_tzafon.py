@@ -4,6 +4,7 @@ import json
 import unittest
 
 import tzafon
+from shapes import Person
 from target import HELLO, KEY, MODEL, MODELS, SHORT, URL
 
 
@@ -54,6 +55,53 @@ class TzafonTest(unittest.TestCase):
                 lightcone.chat.create_completion(model="no-such-model", messages=HELLO)
             with self.assertRaises(tzafon.BadRequestError):
                 lightcone.chat.create_completion(model=MODEL, messages=[])
+
+
+class FormTest(unittest.TestCase):
+    def asked(self, **structured_outputs):
+        messages = [{"role": "user", "content": "Invent a person."}]
+        with client() as lightcone:
+            (choice,) = lightcone.chat.create_completion(
+                model=MODEL, messages=messages, temperature=0, max_tokens=96, structured_outputs=structured_outputs
+            )["choices"]
+        self.assertEqual(choice["finish_reason"], "stop")
+        return choice["message"]["content"]
+
+    def test_structured_outputs_of_the_other_family(self):
+        self.assertIn(self.asked(choice=["yes", "no"]), ("yes", "no"))
+        self.assertRegex(self.asked(regex="[A-F]{3}-[0-9]{2}"), "^[A-F]{3}-[0-9]{2}$")
+        Person.model_validate_json(self.asked(json=Person.model_json_schema()))
+        self.assertRegex(self.asked(grammar='start: "a" ("b" | "c")~1..4 "!"'), "^a[bc]{1,4}!$")
+
+
+class DetailTest(unittest.TestCase):
+    def test_the_other_family_s_parameters_do_what_they_say(self):
+        with client() as c:
+            ask = lambda **fields: c.chat.create_completion(model=MODEL, **{**SHORT, **fields})  # noqa: E731
+            plain = ask(return_token_ids=True, prompt_logprobs=1)
+            choice = plain["choices"][0]
+            self.assertEqual(len(choice["token_ids"]), plain["usage"]["completion_tokens"])
+            self.assertEqual(len(plain["prompt_token_ids"]), plain["usage"]["prompt_tokens"])
+            self.assertEqual(len(plain["prompt_logprobs"]), plain["usage"]["prompt_tokens"])
+            self.assertIsNone(plain["prompt_logprobs"][0])
+            first = choice["token_ids"][0]
+            other = ask(logit_bias={str(first): -100}, return_token_ids=True)["choices"][0]["token_ids"]
+            self.assertNotIn(first, other)
+            only = ask(allowed_token_ids=[first], return_token_ids=True)["choices"][0]["token_ids"]
+            self.assertEqual(set(only), {first})
+            stopped = ask(stop_token_ids=[choice["token_ids"][2]])["choices"][0]
+            self.assertEqual((stopped["finish_reason"], stopped["stop_reason"]), ("stop", choice["token_ids"][2]))
+            word = choice["message"]["content"].split()[0]
+            self.assertNotIn(word, ask(bad_words=[word])["choices"][0]["message"]["content"])
+            self.assertEqual(ask(min_tokens=12)["usage"]["completion_tokens"], 12)
+            self.assertTrue(ask(request_id="my-own.1")["id"].endswith("my-own.1"))
+            begun = [*HELLO, {"role": "assistant", "content": "Dear keeper,"}]
+            echoed = ask(messages=begun, continue_final_message=True, add_generation_prompt=False, echo=True)
+            self.assertTrue(echoed["choices"][0]["message"]["content"].startswith("Dear keeper,"))
+            short = ask(truncate_prompt_tokens=5)
+            self.assertEqual(short["usage"]["prompt_tokens"], 5)
+            named = ask(logprobs=True, return_tokens_as_token_ids=True)["choices"][0]["logprobs"]["content"]
+            self.assertEqual(named[0]["token"], f"token_id:{first}")
 
 
 class AsyncTzafonTest(unittest.IsolatedAsyncioTestCase):

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use actix_web::web::BytesMut;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
@@ -55,9 +56,10 @@ struct CompletionsWriter {
     offsets: Vec<usize>,
 }
 
-#[derive(Serialize)]
-struct Completion<'a> {
+#[derive(JsonSchema, Serialize)]
+pub struct Completion<'a> {
     id: &'a str,
+    #[schemars(extend("const" = "text_completion"))]
     object: &'static str,
     created: u64,
     model: &'a str,
@@ -67,7 +69,7 @@ struct Completion<'a> {
     usage: Option<Option<WireUsage>>,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct Choice<'a> {
     index: usize,
     text: &'a str,
@@ -81,7 +83,7 @@ struct Choice<'a> {
     prompt_token_ids: Option<&'a [u32]>,
 }
 
-#[derive(Serialize)]
+#[derive(JsonSchema, Serialize)]
 struct Logprobs {
     tokens: Vec<String>,
     token_logprobs: Vec<f32>,

@@ -34,12 +34,14 @@ pub struct About {
 #[derive(JsonSchema, Serialize)]
 pub struct Completion<'a> {
     id: &'a str,
+    #[schemars(extend("const" = "chat.completion"))]
     object: &'static str,
     created: u64,
     #[schemars(with = "String")]
     model: &'a ModelId,
     choices: Vec<Choice<'a>>,
     usage: WireUsage,
+    #[schemars(extend("enum" = ["default", "flex", "priority"]))]
     service_tier: &'static str,
     system_fingerprint: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -62,6 +64,7 @@ struct Choice<'a> {
 
 #[derive(JsonSchema, Serialize)]
 struct AssistantMessage<'a> {
+    #[schemars(extend("const" = "assistant"))]
     role: &'static str,
     content: Option<&'a str>,
     refusal: Option<()>,
@@ -75,6 +78,7 @@ struct AssistantMessage<'a> {
 struct ToolCall<'a> {
     id: &'a str,
     #[serde(rename = "type")]
+    #[schemars(extend("const" = "function"))]
     kind: &'static str,
     function: Function<'a>,
 }

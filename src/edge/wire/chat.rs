@@ -1,9 +1,11 @@
 //! A chat request.
 
+use serde_json::Value;
+
 use super::{
     Body, Bounds, OutputTokensMax, Request, StreamOptions, Tools, fields, format,
     messages::messages,
-    read::{Fields, unsupported},
+    read::{Fields, unsupported, whole, wrong_type},
     sampling,
     tools::{Toolbox, toolbox},
 };
@@ -13,8 +15,8 @@ use crate::{
     prompt::{Ask, Asked, Conversation, Role, Shape},
 };
 
-const SALT_BYTES_MAX: usize = 256;
-const ID_BYTES_MAX: usize = 64;
+const SALT_CHARACTERS_MAX: usize = 256;
+const ID_CHARACTERS_MAX: usize = 64;
 const DOCUMENTS_MAX: usize = 128;
 
 /// What comes out need not be checked again.
@@ -24,13 +26,9 @@ pub fn read(body: Body, bounds: Bounds) -> Result<(Request, StreamOptions), ApiE
     let Bounds { messages_max, choices_max, context_tokens_max, vocabulary } = bounds;
     let fields = Fields::root(&map);
     let (sampling, bad_words) = sampling::sampling(&fields, vocabulary)?;
-    let output_tokens_max = match output_tokens(&fields, "max_completion_tokens")? {
-        Some(tokens) => Some(tokens),
-        None => output_tokens(&fields, "max_tokens")?,
-    };
-    if let Some(asked) = output_tokens_max {
-        asked.fits(context_tokens_max)?;
-    }
+    let newer = output_tokens(&fields, "max_completion_tokens", context_tokens_max)?;
+    let older = output_tokens(&fields, "max_tokens", context_tokens_max)?;
+    let output_tokens_max = newer.or(older);
     if let Some(max) = output_tokens_max
         && u64::from(sampling.min_tokens) > max.tokens
     {
@@ -45,7 +43,7 @@ pub fn read(body: Body, bounds: Bounds) -> Result<(Request, StreamOptions), ApiE
     let choices = choices(&fields, choices_max)?;
     let mut conversation = Conversation::new(messages(&fields, messages_max, &mut ignored)?);
     conversation.tools = told;
-    conversation.documents = fields.array("documents", DOCUMENTS_MAX)?.unwrap_or_default().to_vec();
+    conversation.documents = documents(&fields)?;
     conversation.variables = fields.map("chat_template_kwargs")?.cloned().unwrap_or_default();
     conversation.has_bos = fields.boolean("add_special_tokens")?.unwrap_or(false);
     conversation.continues_last = fields.boolean("continue_final_message")?.unwrap_or(false);
@@ -91,6 +89,14 @@ pub fn read(body: Body, bounds: Bounds) -> Result<(Request, StreamOptions), ApiE
     Ok((request, stream.unwrap_or_default()))
 }
 
+fn documents(fields: &Fields) -> Result<Vec<Value>, ApiError> {
+    let documents = fields.array("documents", DOCUMENTS_MAX)?.unwrap_or_default();
+    for (i, document) in documents.iter().enumerate() {
+        Fields::of(document, format!("documents[{i}]"))?;
+    }
+    Ok(documents.to_vec())
+}
+
 pub(super) fn choices(fields: &Fields, most: u32) -> Result<u32, ApiError> {
     let choices = fields.integer("n", 1..=128)?.unwrap_or(1) as u32;
     if choices > most {
@@ -101,7 +107,7 @@ pub(super) fn choices(fields: &Fields, most: u32) -> Result<u32, ApiError> {
 }
 
 pub(super) fn cache_salt(fields: &Fields) -> Result<String, ApiError> {
-    Ok(fields.text("cache_salt", SALT_BYTES_MAX)?.unwrap_or_default().to_owned())
+    Ok(fields.text("cache_salt", SALT_CHARACTERS_MAX)?.unwrap_or_default().to_owned())
 }
 
 /// How many of the prompt's tokens, the last, are read at most.
@@ -117,16 +123,21 @@ pub(super) fn tokens_max(fields: &Fields, context_tokens_max: u32) -> Result<Opt
     }
 }
 
-pub(super) fn output_tokens(fields: &Fields, name: &'static str) -> Result<Option<OutputTokensMax>, ApiError> {
+/// How long an answer may be in a context of `context` tokens.
+pub(super) fn output_tokens(
+    fields: &Fields,
+    name: &'static str,
+    context: u32,
+) -> Result<Option<OutputTokensMax>, ApiError> {
     let Some(value) = fields.given(name) else { return Ok(None) };
-    if let Some(tokens) = value.as_u64().filter(|tokens| *tokens > 0) {
-        return Ok(Some(OutputTokensMax { field: name, tokens }));
-    }
-    if value.is_i64() || value.is_u64() {
+    let tokens = whole(value).ok_or_else(|| wrong_type(name, "an integer", value))?;
+    if tokens < 1 {
         let why = format!("Invalid '{name}': expected a value of at least 1, but got {value}.");
         return Err(ApiError::field("integer_below_min_value", name, why));
     }
-    Err(super::read::wrong_type(name, "an integer", value))
+    let asked = OutputTokensMax { field: name, tokens: u64::try_from(tokens).unwrap_or(u64::MAX) };
+    asked.fits(context)?;
+    Ok(Some(asked))
 }
 
 pub(super) fn stream(fields: &Fields, ignored: &mut Vec<String>) -> Result<Option<StreamOptions>, ApiError> {
@@ -164,7 +175,7 @@ pub(super) fn priority(fields: &Fields) -> Result<Priority, ApiError> {
 }
 
 pub(super) fn own_id(fields: &Fields) -> Result<Option<String>, ApiError> {
-    let Some(id) = fields.text("request_id", ID_BYTES_MAX)? else { return Ok(None) };
+    let Some(id) = fields.text("request_id", ID_CHARACTERS_MAX)? else { return Ok(None) };
     if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte)) {
         let why = "Invalid 'request_id': expected letters, digits, `_`, `-` and `.`.";
         return Err(ApiError::field("invalid_value", "request_id", why));

@@ -23,9 +23,8 @@ pub fn read(body: Body, bounds: Bounds) -> Result<(Request, StreamOptions), ApiE
     let fields = Fields::root(&map);
     let Bounds { choices_max, context_tokens_max, vocabulary, .. } = bounds;
     let (sampling, bad_words) = sampling::sampling(&fields, vocabulary)?;
-    let asked = chat::output_tokens(&fields, "max_tokens")?;
+    let asked = chat::output_tokens(&fields, "max_tokens", context_tokens_max)?;
     let asked = asked.unwrap_or(OutputTokensMax { field: "max_tokens", tokens: OUTPUT_TOKENS_DEFAULT });
-    asked.fits(context_tokens_max)?;
     let stream = chat::stream(&fields, &mut ignored)?;
     let choices = chat::choices(&fields, choices_max)?;
     if fields.integer("best_of", 1..=128)?.is_some_and(|best_of| best_of != i64::from(choices)) {
@@ -86,9 +85,10 @@ fn prompt(fields: &Fields, vocabulary: usize) -> Result<Asked, ApiError> {
     match &items[..] {
         [] => filled(Asked::Tokens(Vec::new()), true),
         [Value::String(text)] => filled(Asked::Text(text.clone()), text.is_empty()),
-        [Value::Array(_)] => {
-            let inner = Map::from_iter([("prompt".to_owned(), items[0].clone())]);
-            prompt(&Fields::root(&inner), vocabulary)
+        [inner @ Value::Array(tokens)] => {
+            let inner = Map::from_iter([("prompt[0]".to_owned(), inner.clone())]);
+            let read = Fields::root(&inner).tokens("prompt[0]", usize::MAX, vocabulary)?.unwrap_or_default();
+            filled(Asked::Tokens(read), tokens.is_empty())
         }
         [Value::Number(_), ..] => {
             let tokens = fields.tokens("prompt", usize::MAX, vocabulary)?.unwrap_or_default();

@@ -11,7 +11,7 @@ use crate::{
 /// Bytes of a schema, a regex or a grammar.
 pub const SHAPE_BYTES_MAX: usize = 64 << 10;
 const CHOICES_MAX: usize = 1024;
-const CHOICE_BYTES_MAX: usize = 4096;
+const CHOICE_CHARACTERS_MAX: usize = 4096;
 
 /// The wanted form, and the field that asked for it.
 pub fn text_shape(fields: &Fields) -> Result<(TextShape, &'static str), ApiError> {
@@ -90,6 +90,14 @@ const KINDS: [&str; 6] = ["json", "regex", "choice", "grammar", "json_object", "
 
 fn structured_outputs(fields: &Fields) -> Result<Option<(TextShape, &'static str)>, ApiError> {
     let Some(outputs) = fields.object("structured_outputs")? else { return Ok(None) };
+    let closed = outputs.boolean("disable_additional_properties")?.unwrap_or(false);
+    let is_tight = outputs.boolean("disable_any_whitespace")?.unwrap_or(false);
+    let whitespace = match outputs.text("whitespace_pattern", SHAPE_BYTES_MAX)? {
+        Some(pattern) => Whitespace::Pattern(pattern.to_owned()),
+        None if is_tight => Whitespace::None,
+        None => Whitespace::Some,
+    };
+    outputs.boolean("json_object")?;
     let is_given = |kind: &&&str| match outputs.given(kind) {
         Some(Value::Bool(false)) if **kind == "json_object" => false,
         value => value.is_some(),
@@ -102,12 +110,6 @@ fn structured_outputs(fields: &Fields) -> Result<Option<(TextShape, &'static str
             let why = format!("Invalid 'structured_outputs': exactly one of {} may be given.", KINDS.join(", "));
             return Err(ApiError::field("invalid_value", "structured_outputs", why));
         }
-    };
-    let closed = outputs.boolean("disable_additional_properties")?.unwrap_or(false);
-    let whitespace = match outputs.text("whitespace_pattern", SHAPE_BYTES_MAX)? {
-        Some(pattern) => Whitespace::Pattern(pattern.to_owned()),
-        None if outputs.boolean("disable_any_whitespace")?.unwrap_or(false) => Whitespace::None,
-        None => Whitespace::Some,
     };
     let text = |name: &str| outputs.text(name, SHAPE_BYTES_MAX).map(|text| text.unwrap_or_default().to_owned());
     let shape = match kind {
@@ -128,7 +130,7 @@ fn structured_outputs(fields: &Fields) -> Result<Option<(TextShape, &'static str
         }
         "regex" => (TextShape::Regex(text("regex")?), "structured_outputs.regex"),
         "choice" => {
-            let choices = outputs.texts("choice", CHOICES_MAX, CHOICE_BYTES_MAX)?.unwrap_or_default();
+            let choices = outputs.texts("choice", CHOICES_MAX, CHOICE_CHARACTERS_MAX)?.unwrap_or_default();
             if choices.is_empty() {
                 let why = "Invalid 'structured_outputs.choice': empty array. Expected at least one choice.";
                 return Err(ApiError::field("empty_array", "structured_outputs.choice", why));
@@ -144,7 +146,6 @@ fn structured_outputs(fields: &Fields) -> Result<Option<(TextShape, &'static str
             (TextShape::Grammar(grammar), "structured_outputs.grammar")
         }
         "json_object" => {
-            outputs.boolean("json_object")?;
             (TextShape::Json { schema: json!({ "type": "object" }), whitespace }, "structured_outputs.json_object")
         }
         _ => return Err(unsupported("structured_outputs.structural_tag", "is not supported.")),

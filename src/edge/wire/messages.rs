@@ -8,8 +8,8 @@ use crate::{
     prompt::{Message, Role, ToolCall},
 };
 
-const NAME_BYTES_MAX: usize = 256;
-const ID_BYTES_MAX: usize = 256;
+const NAME_CHARACTERS_MAX: usize = 256;
+const ID_CHARACTERS_MAX: usize = 256;
 const CALLS_MAX: usize = 128;
 /// Unknown names of message fields are collected only so far.
 const IGNORED_MAX: usize = 32;
@@ -66,7 +66,7 @@ fn message(fields: &Fields, open: &mut OpenCalls, ignored: &mut Vec<String>) -> 
     if role != Role::Tool {
         open.none_left()?;
     }
-    let name = fields.text("name", NAME_BYTES_MAX)?.map(str::to_owned);
+    let name = fields.text("name", NAME_CHARACTERS_MAX)?.map(str::to_owned);
     let mut tool_calls = Vec::new();
     let mut tool_call_id = None;
     let mut refusal = None;
@@ -78,20 +78,26 @@ fn message(fields: &Fields, open: &mut OpenCalls, ignored: &mut Vec<String>) -> 
                 refusal = Some(text.to_owned());
             }
             ("tool_calls", Role::Assistant) => {
-                tool_calls = calls(fields)?;
-                open.ids = tool_calls.iter().map(|call| call.id.clone()).collect();
-                open.at = fields.param(field);
+                let calls = calls(fields)?;
+                // An empty list says nothing, also beside a call of the older form.
+                if !calls.is_empty() {
+                    open.ids = calls.iter().map(|call| call.id.clone()).collect();
+                    open.at = fields.param(field);
+                    tool_calls = calls;
+                }
             }
             ("function_call", Role::Assistant) => {
                 let call = Fields::of(value, fields.param(field))?;
                 let id = format!("function_{}", open.functions);
                 open.functions += 1;
-                open.ids = vec![id.clone()];
-                open.at = fields.param(field);
-                tool_calls = vec![function(&call, id)?];
+                let call = function(&call, id.clone())?;
+                if tool_calls.is_empty() {
+                    (open.ids, open.at) = (vec![id], fields.param(field));
+                    tool_calls = vec![call];
+                }
             }
             ("tool_call_id", Role::Tool) if !is_function => {
-                tool_call_id = fields.text(field, ID_BYTES_MAX)?.map(str::to_owned);
+                tool_call_id = fields.text(field, ID_CHARACTERS_MAX)?.map(str::to_owned);
             }
             ("audio", Role::Assistant) => {
                 return Err(unsupported(fields.param(field), "is not supported: this model reads text."));
@@ -164,7 +170,7 @@ fn calls(fields: &Fields) -> Result<Vec<ToolCall>, ApiError> {
             "custom" => return Err(unsupported(item.param("type"), "`custom` is not supported: only functions are.")),
             other => return Err(item.none_of("type", other, &["function"])),
         }
-        let id = item.text("id", ID_BYTES_MAX)?;
+        let id = item.text("id", ID_CHARACTERS_MAX)?;
         let id = item.required("id", id)?.to_owned();
         if calls.iter().any(|call| call.id == id) {
             let why = format!("Invalid '{}': there is a call `{}` already.", item.param("id"), shorten(&id));
@@ -177,7 +183,7 @@ fn calls(fields: &Fields) -> Result<Vec<ToolCall>, ApiError> {
 }
 
 fn function(fields: &Fields, id: String) -> Result<ToolCall, ApiError> {
-    let name = fields.text("name", NAME_BYTES_MAX)?;
+    let name = fields.text("name", NAME_CHARACTERS_MAX)?;
     let name = fields.required("name", name)?.to_owned();
     let arguments = fields.text("arguments", usize::MAX)?;
     let arguments = fields.required("arguments", arguments)?.to_owned();

@@ -74,7 +74,7 @@ pub struct Body {
     map: Map<String, Value>,
 }
 
-const MODEL_BYTES_MAX: usize = 64 << 10;
+const MODEL_CHARACTERS_MAX: usize = 64 << 10;
 
 impl Body {
     pub fn read(bytes: &[u8]) -> Result<Self, ApiError> {
@@ -89,7 +89,7 @@ impl Body {
 
     /// The model's name; `None` is the configured default.
     pub fn model(&self) -> Result<Option<&str>, ApiError> {
-        match Fields::root(&self.map).text("model", MODEL_BYTES_MAX)? {
+        match Fields::root(&self.map).text("model", MODEL_CHARACTERS_MAX)? {
             Some("") => Err(ApiError::field("invalid_value", "model", "Invalid 'model': an empty string.")),
             model => Ok(model),
         }

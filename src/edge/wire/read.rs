@@ -74,12 +74,12 @@ impl<'a> Fields<'a> {
     }
 
     pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
-        let Some(value) =
-            self.typed(name, "an integer", |value| (value.is_i64() || value.is_u64()).then_some(value))?
+        let Some((value, integer)) =
+            self.typed(name, "an integer", |value| whole(value).map(|integer| (value, integer)))?
         else {
             return Ok(None);
         };
-        match value.as_i64().filter(|integer| range.contains(integer)) {
+        match i64::try_from(integer).ok().filter(|integer| range.contains(integer)) {
             Some(integer) => Ok(Some(integer)),
             None => Err(self.outside(name, range.start(), range.end(), value)),
         }
@@ -97,11 +97,12 @@ impl<'a> Fields<'a> {
         ApiError::field("out_of_range", param, why)
     }
 
-    pub fn text(&self, name: &str, bytes_max: usize) -> Result<Option<&'a str>, ApiError> {
+    /// A string of at most `most` characters.
+    pub fn text(&self, name: &str, most: usize) -> Result<Option<&'a str>, ApiError> {
         match self.typed(name, "a string", Value::as_str)? {
-            Some(text) if text.len() > bytes_max => {
-                let param = self.param(name);
-                let why = format!("Invalid '{param}': at most {bytes_max} bytes, but got {}.", text.len());
+            Some(text) if text.len() > most && text.chars().count() > most => {
+                let (param, count) = (self.param(name), text.chars().count());
+                let why = format!("Invalid '{param}': at most {most} characters, but got {count}.");
                 Err(ApiError::field("string_above_max_length", param, why))
             }
             text => Ok(text),
@@ -146,10 +147,10 @@ impl<'a> Fields<'a> {
         ApiError::field("array_above_max_length", param, why)
     }
 
-    /// Strings of an array, none of them empty or longer than `bytes_max`.
-    pub fn texts(&self, name: &str, items_max: usize, bytes_max: usize) -> Result<Option<Vec<String>>, ApiError> {
+    /// Strings of an array, none of them empty or longer than `most` characters.
+    pub fn texts(&self, name: &str, items_max: usize, most: usize) -> Result<Option<Vec<String>>, ApiError> {
         let Some(items) = self.array(name, items_max)? else { return Ok(None) };
-        let item = |(i, value): (usize, &Value)| item_text(&format!("{}[{i}]", self.param(name)), value, bytes_max);
+        let item = |(i, value): (usize, &Value)| item_text(&format!("{}[{i}]", self.param(name)), value, most);
         items.iter().enumerate().map(item).collect::<Result<_, _>>().map(Some)
     }
 
@@ -158,21 +159,28 @@ impl<'a> Fields<'a> {
         let Some(items) = self.array(name, items_max)? else { return Ok(None) };
         let token = |(i, value): (usize, &Value)| {
             let param = || format!("{}[{i}]", self.param(name));
-            if !(value.is_i64() || value.is_u64()) {
-                return Err(wrong_type(&param(), "an integer", value));
-            }
-            let token = value.as_u64().filter(|token| *token < vocabulary as u64);
-            token.map(|token| token as u32).ok_or_else(|| no_token(&param(), &value.to_string(), vocabulary))
+            let token = whole(value).ok_or_else(|| wrong_type(&param(), "an integer", value))?;
+            let token = u32::try_from(token).ok().filter(|token| (*token as usize) < vocabulary);
+            token.ok_or_else(|| no_token(&param(), &value.to_string(), vocabulary))
         };
         items.iter().enumerate().map(token).collect::<Result<_, _>>().map(Some)
     }
 }
 
-/// A string that is not empty and not longer than `bytes_max`.
-pub fn item_text(param: &str, value: &Value, bytes_max: usize) -> Result<String, ApiError> {
+/// A number without a fraction, however it is spelled: to JSON, 1 and 1.0 are the same.
+pub fn whole(value: &Value) -> Option<i128> {
+    let integer = value.as_i64().map(i128::from).or_else(|| value.as_u64().map(i128::from));
+    // What is less than every integer would be rounded to the least of them.
+    let rounded = |number: f64| if number <= i64::MIN as f64 { i128::MIN } else { number as i128 };
+    integer.or_else(|| value.as_f64().filter(|number| number.fract() == 0.0).map(rounded))
+}
+
+/// A string that is not empty and has at most `most` characters.
+pub fn item_text(param: &str, value: &Value, most: usize) -> Result<String, ApiError> {
     let text = value.as_str().ok_or_else(|| wrong_type(param, "a string", value))?;
-    if text.is_empty() || text.len() > bytes_max {
-        let why = format!("Invalid '{param}': expected 1 to {bytes_max} bytes, but got {}.", text.len());
+    let count = text.chars().count();
+    if !(1..=most).contains(&count) {
+        let why = format!("Invalid '{param}': expected 1 to {most} characters, but got {count}.");
         return Err(ApiError::field("invalid_value", param, why));
     }
     Ok(text.to_owned())

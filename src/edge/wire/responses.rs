@@ -14,7 +14,7 @@ use crate::{
     prompt::{Ask, Asked, Conversation, Message, Role, Shape, ToolCall},
 };
 
-const ID_BYTES_MAX: usize = 256;
+const ID_CHARACTERS_MAX: usize = 256;
 const ITEMS_MAX: usize = 2048;
 const INCLUDE_MAX: usize = 16;
 const TOP_LOGPROBS_MAX: i64 = 20;
@@ -32,7 +32,7 @@ pub type Earlier = Vec<Message>;
 
 /// The response that this one follows.
 pub fn previous(body: &Body) -> Result<Option<String>, ApiError> {
-    Ok(Fields::root(&body.map).text("previous_response_id", ID_BYTES_MAX)?.map(str::to_owned))
+    Ok(Fields::root(&body.map).text("previous_response_id", ID_CHARACTERS_MAX)?.map(str::to_owned))
 }
 
 pub fn read(body: Body, bounds: Bounds, earlier: Earlier) -> Result<(Request, About), ApiError> {
@@ -41,13 +41,13 @@ pub fn read(body: Body, bounds: Bounds, earlier: Earlier) -> Result<(Request, Ab
     let fields = Fields::root(&map);
     let Bounds { messages_max, context_tokens_max, vocabulary, .. } = bounds;
     let (all, bad_words) = sampling::sampling(&fields, vocabulary)?;
-    let asked = chat::output_tokens(&fields, "max_output_tokens")?;
-    if let Some(asked) = asked {
-        asked.fits(context_tokens_max)?;
-    }
+    let asked = chat::output_tokens(&fields, "max_output_tokens", context_tokens_max)?;
     let stream = fields.boolean("stream")?.unwrap_or(false);
     stream_options(&fields, stream, &mut ignored)?;
     let text = fields.object("text")?;
+    if let Some(text) = &text {
+        text.text("verbosity", usize::MAX)?;
+    }
     let (shape, shape_param) = match &text {
         Some(text) => (format::of_responses(text)?, "text.format.schema"),
         None => (crate::prompt::TextShape::Any, "text"),
@@ -191,7 +191,7 @@ fn input(fields: &Fields, most: usize) -> Result<Vec<Message>, ApiError> {
                 }
             }
             "function_call_output" => {
-                let id = item.text("call_id", ID_BYTES_MAX)?;
+                let id = item.text("call_id", ID_CHARACTERS_MAX)?;
                 let id = item.required("call_id", id)?.to_owned();
                 let output = item.required("output", item.given("output"))?;
                 let content = content(&item, "output", output, Role::Tool)?;

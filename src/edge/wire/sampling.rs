@@ -1,5 +1,7 @@
 //! How tokens are chosen, when an answer ends, and what is told of its tokens.
 
+use serde_json::{Map, Value};
+
 use super::read::{Fields, item_text, no_token, unsupported, wrong_type};
 use crate::{
     domain::{SamplingParams, Stops, Telling},
@@ -8,10 +10,10 @@ use crate::{
 
 const STOPS_MAX: usize = 4;
 /// The engine holds back as much text as the longest stop string has.
-const STOP_BYTES_MAX: usize = 1024;
+const STOP_CHARACTERS_MAX: usize = 1024;
 const STOP_TOKENS_MAX: usize = 256;
 const BAD_WORDS_MAX: usize = 256;
-const BAD_WORD_BYTES_MAX: usize = 256;
+const BAD_WORD_CHARACTERS_MAX: usize = 256;
 const TOP_LOGPROBS_MAX: i64 = 20;
 const BIASES_MAX: usize = 4096;
 
@@ -41,14 +43,14 @@ pub fn sampling(fields: &Fields, vocabulary: usize) -> Result<(SamplingParams, V
         bad_words: Vec::new(),
         min_tokens: fields.integer("min_tokens", 0..=i64::from(u32::MAX))?.unwrap_or(0) as u32,
     };
-    let bad_words = fields.texts("bad_words", BAD_WORDS_MAX, BAD_WORD_BYTES_MAX)?.unwrap_or_default();
+    let bad_words = fields.texts("bad_words", BAD_WORDS_MAX, BAD_WORD_CHARACTERS_MAX)?.unwrap_or_default();
     Ok((params, bad_words))
 }
 
 fn repetition_penalty(fields: &Fields) -> Result<f32, ApiError> {
     let penalty = fields.number("repetition_penalty", 0.0..=10.0)?.unwrap_or(1.0);
-    if penalty > 0.0 {
-        return Ok(penalty);
+    if fields.given("repetition_penalty").and_then(Value::as_f64) != Some(0.0) {
+        return Ok(penalty.max(f32::MIN_POSITIVE));
     }
     let why = "Invalid 'repetition_penalty': expected a value above 0 and up to 10, but got 0.";
     Err(ApiError::field("out_of_range", "repetition_penalty", why))
@@ -57,34 +59,32 @@ fn repetition_penalty(fields: &Fields) -> Result<f32, ApiError> {
 fn logit_bias(fields: &Fields, vocabulary: usize) -> Result<Vec<(u32, f32)>, ApiError> {
     let Some(biases) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
     let mut all = Vec::new();
-    for (id, _) in biases.all() {
-        let param = biases.param(id);
-        let Ok(token) = id.parse::<u64>() else {
+    for id in fields.map("logit_bias")?.into_iter().flat_map(Map::keys) {
+        if id.is_empty() || !id.bytes().all(|byte| byte.is_ascii_digit()) {
             let why = format!("Invalid 'logit_bias': `{}` is not a token id.", crate::edge::error::shorten(id));
             return Err(ApiError::field("invalid_value", "logit_bias", why));
-        };
-        if token >= vocabulary as u64 {
-            return Err(no_token("logit_bias", id, vocabulary));
         }
+        let token = id.parse::<u32>().ok().filter(|token| (*token as usize) < vocabulary);
+        let token = token.ok_or_else(|| no_token("logit_bias", id, vocabulary))?;
+        let Some(bias) = biases.number(id, -100.0..=100.0)? else { continue };
         if all.len() == BIASES_MAX {
             let why = format!("Invalid 'logit_bias': at most {BIASES_MAX} tokens.");
             return Err(ApiError::field("object_above_max_properties", "logit_bias", why));
         }
-        let bias = biases.number(id, -100.0..=100.0)?;
-        all.push((token as u32, biases.required(&param, bias)?));
+        all.push((token, bias));
     }
     Ok(all)
 }
 
 pub fn stops(fields: &Fields, vocabulary: usize) -> Result<Stops, ApiError> {
     let strings = match fields.given("stop") {
-        Some(value) if value.is_string() => vec![item_text("stop", value, STOP_BYTES_MAX)?],
+        Some(value) if value.is_string() => vec![item_text("stop", value, STOP_CHARACTERS_MAX)?],
         Some(value) if value.is_array() => match value.as_array().map_or(0, Vec::len) {
             count if count > STOPS_MAX => {
                 let why = format!("Invalid 'stop': at most {STOPS_MAX} strings, but got {count}.");
                 return Err(ApiError::field("array_above_max_length", "stop", why));
             }
-            _ => fields.texts("stop", STOPS_MAX, STOP_BYTES_MAX)?.unwrap_or_default(),
+            _ => fields.texts("stop", STOPS_MAX, STOP_CHARACTERS_MAX)?.unwrap_or_default(),
         },
         Some(other) => return Err(wrong_type("stop", "a string or an array of strings", other)),
         None => Vec::new(),

@@ -12,15 +12,18 @@ pub fn read_text(body: Body, messages_max: usize) -> Result<(Asked, bool), ApiEr
     fields::check(&map, fields::TOKENIZE)?;
     let fields = Fields::root(&map);
     let wants_texts = fields.boolean("return_token_strs")?.unwrap_or(false);
+    let text = fields.text("prompt", usize::MAX)?;
+    let continues_last = fields.boolean("continue_final_message")?.unwrap_or(false);
+    let begins_answer = fields.boolean("add_generation_prompt")?.unwrap_or(!continues_last);
+    let has_bos = fields.boolean("add_special_tokens")?.unwrap_or(false);
+    let variables = fields.map("chat_template_kwargs")?.cloned().unwrap_or_default();
     if fields.given("messages").is_none() {
-        let text = fields.text("prompt", usize::MAX)?;
         return Ok((Asked::Text(fields.required("prompt", text)?.to_owned()), wants_texts));
     }
-    let mut conversation = Conversation::new(messages(&fields, messages_max, &mut Vec::new())?);
-    conversation.continues_last = fields.boolean("continue_final_message")?.unwrap_or(false);
-    conversation.begins_answer = fields.boolean("add_generation_prompt")?.unwrap_or(!conversation.continues_last);
-    conversation.has_bos = fields.boolean("add_special_tokens")?.unwrap_or(false);
-    conversation.variables = fields.map("chat_template_kwargs")?.cloned().unwrap_or_default();
+    let messages = messages(&fields, messages_max, &mut Vec::new())?;
+    let mut conversation = Conversation::new(messages);
+    (conversation.continues_last, conversation.begins_answer) = (continues_last, begins_answer);
+    (conversation.has_bos, conversation.variables) = (has_bos, variables);
     Ok((Asked::Conversation(Box::new(conversation)), wants_texts))
 }
 

@@ -14,8 +14,8 @@ use crate::{
 };
 
 const TOOLS_MAX: usize = 128;
-const NAME_BYTES_MAX: usize = 64;
-const DESCRIPTION_BYTES_MAX: usize = 16 << 10;
+const NAME_CHARACTERS_MAX: usize = 64;
+const DESCRIPTION_CHARACTERS_MAX: usize = 16 << 10;
 
 /// Tools of one request.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -34,6 +34,8 @@ enum Choice {
     None,
     Auto,
     Required,
+    /// This one, and once: a forced function is called exactly one time.
+    Named(String),
     /// Of these, and whether one must be called.
     Of(Vec<String>, bool),
 }
@@ -67,27 +69,30 @@ pub fn toolbox(fields: &Fields) -> Result<Toolbox, ApiError> {
         return Err(ApiError::field("invalid_value", "functions", why));
     }
     let is_legacy = !functions.is_empty();
-    let (field, choice) = if is_legacy {
-        ("function_call", function_call(fields)?)
-    } else {
-        ("tool_choice", tool_choice(fields, !tools.is_empty())?)
-    };
-    let all = if is_legacy { functions } else { tools };
-    let is_single = is_legacy || !fields.boolean("parallel_tool_calls")?.unwrap_or(true);
+    // Both are read, so that what has no effect has at least a right shape.
+    let (older, newer) = (function_call(fields, is_legacy)?, tool_choice(fields, !tools.is_empty())?);
+    let is_parallel = fields.boolean("parallel_tool_calls")?.unwrap_or(true);
+    let (all, field, choice) =
+        if is_legacy { (functions, "function_call", older) } else { (tools, "tool_choice", newer) };
+    let is_single = is_legacy || !is_parallel;
     let mut toolbox = chosen(all, choice, field, is_single)?;
     toolbox.is_legacy = is_legacy;
     Ok(toolbox)
 }
 
 fn chosen(all: Vec<(Tool, String)>, choice: Choice, field: &str, is_single: bool) -> Result<Toolbox, ApiError> {
-    if let Choice::Of(names, _) = &choice {
-        for name in names {
-            if !all.iter().any(|(tool, _)| tool.name == *name) {
-                let why = format!("Invalid '{field}': there is no tool `{}`.", crate::edge::error::shorten(name));
-                return Err(ApiError::field("invalid_value", field, why));
-            }
+    let wanted: &[String] = match &choice {
+        Choice::Named(name) => std::slice::from_ref(name),
+        Choice::Of(names, _) => names,
+        _ => &[],
+    };
+    for name in wanted {
+        if !all.iter().any(|(tool, _)| tool.name == *name) {
+            let why = format!("Invalid '{field}': there is no tool `{}`.", crate::edge::error::shorten(name));
+            return Err(ApiError::field("invalid_value", field, why));
         }
     }
+    let is_single = is_single || matches!(choice, Choice::Named(_));
     let told = match choice {
         Choice::None => Vec::new(),
         _ => all.iter().map(|(tool, _)| tool.clone()).collect(),
@@ -96,6 +101,7 @@ fn chosen(all: Vec<(Tool, String)>, choice: Choice, field: &str, is_single: bool
         Choice::None => (Vec::new(), false),
         Choice::Auto => (all, false),
         Choice::Required => (all, true),
+        Choice::Named(name) => (all.into_iter().filter(|(tool, _)| tool.name == name).collect(), true),
         Choice::Of(names, required) => {
             (all.into_iter().filter(|(tool, _)| names.contains(&tool.name)).collect(), required)
         }
@@ -154,17 +160,17 @@ fn tool(function: &Fields, names: &mut HashSet<String>) -> Result<(Tool, String)
         schema.entry("type").or_insert_with(|| Value::from("object"));
         schema
     });
-    let description = function.text("description", DESCRIPTION_BYTES_MAX)?.map(str::to_owned);
+    let description = function.text("description", DESCRIPTION_CHARACTERS_MAX)?.map(str::to_owned);
     let strict = function.boolean("strict")?.unwrap_or(false);
     Ok((Tool { name, description, parameters, strict }, param))
 }
 
 fn name(function: &Fields) -> Result<String, ApiError> {
-    let name = function.text("name", NAME_BYTES_MAX)?;
+    let name = function.text("name", NAME_CHARACTERS_MAX)?;
     let name = function.required("name", name)?;
     if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte)) {
         let param = function.param("name");
-        let why = format!("Invalid '{param}': expected 1 to {NAME_BYTES_MAX} letters, digits, `_` and `-`.");
+        let why = format!("Invalid '{param}': expected 1 to {NAME_CHARACTERS_MAX} letters, digits, `_` and `-`.");
         return Err(ApiError::field("invalid_value", param, why));
     }
     Ok(name.to_owned())
@@ -200,7 +206,7 @@ fn tool_choice(fields: &Fields, has_tools: bool) -> Result<Choice, ApiError> {
                     choice.required("function", function)?
                 }
             };
-            Ok(Choice::Of(vec![name(&function)?], true))
+            Ok(Choice::Named(name(&function)?))
         }
         "allowed_tools" => {
             let allowed = match choice.given("mode") {
@@ -237,7 +243,7 @@ fn tool_choice(fields: &Fields, has_tools: bool) -> Result<Choice, ApiError> {
     }
 }
 
-fn function_call(fields: &Fields) -> Result<Choice, ApiError> {
+fn function_call(fields: &Fields, has_functions: bool) -> Result<Choice, ApiError> {
     match fields.given("function_call") {
         None => Ok(Choice::Auto),
         Some(Value::String(word)) => match word.as_str() {
@@ -245,9 +251,11 @@ fn function_call(fields: &Fields) -> Result<Choice, ApiError> {
             "auto" => Ok(Choice::Auto),
             other => Err(fields.none_of("function_call", other, &["none", "auto"])),
         },
-        Some(value @ Value::Object(_)) => {
-            Ok(Choice::Of(vec![name(&Fields::of(value, "function_call".to_owned())?)?], true))
+        Some(Value::Object(_)) if !has_functions => {
+            let why = "The 'function_call' parameter is only allowed when 'functions' are given.";
+            Err(ApiError::field("invalid_value", "function_call", why))
         }
+        Some(value @ Value::Object(_)) => Ok(Choice::Named(name(&Fields::of(value, "function_call".to_owned())?)?)),
         Some(other) => Err(wrong_type("function_call", "a string or an object", other)),
     }
 }

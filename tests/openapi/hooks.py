@@ -1,0 +1,47 @@
+"""What schemathesis cannot know of this API."""
+
+import re
+
+import schemathesis
+from schemathesis.openapi.checks import RejectedPositiveData
+
+# Rules between fields that no schema says, and values whose inside is for other readers: a request that the schema
+# allows may be refused for these reasons and for no others. The pairs are an error's code and where it points.
+UNSAID = [
+    # Lengths in tokens, and what must lie within them.
+    ("context_length_exceeded", r"messages|input|prompt"),
+    ("out_of_range", r"min_tokens|logit_bias"),
+    # A schema, a regex or a grammar of the client's that is none, or too large.
+    ("invalid_schema", r".*"),
+    ("string_above_max_length", r".*(parameters|schema|json)"),
+    # Calls and their answers; names that stand for something elsewhere.
+    ("invalid_value", r"messages\[\d+\]\.(tool_call_id|name|tool_calls(\[\d+\]\.id)?|function_call)"),
+    ("invalid_value", r"(tools|functions)\[\d+\](\.function)?\.name|tool_choice|function_call"),
+    ("invalid_value|empty_array", r"input"),
+    ("previous_response_not_found", r"previous_response_id"),
+    # One of several.
+    ("invalid_value", r"structured_outputs.*|continue_final_message"),
+    ("unsupported_value", r"best_of"),
+    # What the model's own template refuses.
+    ("invalid_value", r"messages"),
+    # A header that goes with another, and a key that was used before.
+    ("missing_required_parameter|idempotency_key_reused", r"Idempotency-Key"),
+]
+
+
+@schemathesis.hook
+def filter_failure(context, failure, case, response):
+    if not isinstance(failure, RejectedPositiveData) or response.status_code not in (400, 422):
+        return True
+    error = response.json()["error"]
+    code, param = error["code"], error["param"] or ""
+    return not any(re.fullmatch(codes, code) and re.fullmatch(place, param) for codes, place in UNSAID)
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    """What is to be found again later must be stored."""
+    stateful = case.meta is not None and case.meta.phase.name.value == "stateful"
+    if stateful and case.operation.label.startswith("POST ") and isinstance(case.body, dict):
+        if case.meta.generation.mode.is_positive and {"messages", "input"} & case.body.keys():
+            case.body["store"] = True
