@@ -40,13 +40,13 @@ class InstructorTest(unittest.TestCase):
         self.assertTrue(answer.id.startswith("resp_"))
         self.assertGreater(answer.usage.output_tokens, 0)
 
-    def test_a_partial_object_grows_into_the_whole(self):
+    def test_a_partial_object_grows_into_a_whole_one(self):
         for mode in (TOOLS, SCHEMA):
             with self.subTest(mode=mode):
-                parts = list(client(mode).create_partial(response_model=Person, **ASK))
-                whole = client(mode).create(response_model=Person, **ASK)
+                parts = [part.model_dump() for part in client(mode).create_partial(response_model=Person, **ASK)]
                 self.assertGreater(len(parts), 1)
-                self.assertEqual((parts[-1].name, parts[-1].age), (whole.name, whole.age))
+                self.assertIn(None, parts[0].values())
+                Person.model_validate(parts[-1])
 
     def test_plain_text_passes_through(self):
         answer = client().create(response_model=None, **{**ASK, "messages": HELLO, "max_tokens": 12})
