@@ -183,6 +183,8 @@ fn sample(schema: &Value, i: usize) -> String {
         Some("integer" | "number") => "1".to_owned(),
         Some("string") => "\"x\"".to_owned(),
         Some("object") => "{}".to_owned(),
+        // Of no type: anything will do.
+        None => "1".to_owned(),
         other => panic!("no sample of {other:?}"),
     }
 }

@@ -10,7 +10,7 @@ const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;mar
     details>div{padding:0 .8rem .6rem;border-top:1px solid #d5dae0}h2{margin:2rem 0 .4rem;font-size:1.1rem}\
     h3{font-size:.8rem;margin:1rem 0 .2rem;color:#57606a;text-transform:uppercase;letter-spacing:.05em}\
     .m{display:inline-block;min-width:4.2rem;font:700 12px ui-monospace,monospace}.POST{color:#116329}\
-    .p{display:inline-block;min-width:21rem}.k{color:#57606a}.GET{color:#0550ae}.DELETE{color:#a40e26}.HEAD{color:#57606a}.a{color:#57606a;margin-left:.6rem}\
+    .p{display:inline-block;min-width:21rem}.k{color:#57606a}div{scroll-margin-top:3rem}.GET{color:#0550ae}.DELETE{color:#a40e26}.HEAD{color:#57606a}.a{color:#57606a;margin-left:.6rem}\
     table{border-collapse:collapse;width:100%}td{border-top:1px solid #eaeef2;padding:.2rem .6rem .2rem 0;\
     vertical-align:top}tr:first-child td{border-top:0}td:first-child{white-space:nowrap;width:1%}\
     pre{background:#f6f8fa;border-radius:6px;padding:.6rem;margin:.3rem 0;overflow-x:auto}\

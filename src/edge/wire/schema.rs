@@ -282,7 +282,7 @@ fn field(kind: Kind, name: &str, limits: &Limits) -> Value {
         }),
         (_, "cache_salt") => text(256),
         (_, "request_id") => json!({
-            "type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$", "not": { "pattern": "^chatcmpl-" },
+            "type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$", "not": { "type": "string", "pattern": "^chatcmpl-" },
         }),
         (_, "documents") => list(json!({ "type": "object" }), 128),
         (_, "chat_template_kwargs" | "prompt_cache_options" | "prediction" | "vllm_xargs" | "reasoning") => {
@@ -470,7 +470,7 @@ fn forms() -> Vec<(&'static str, Value)> {
     } });
     let flat = json!({ "type": "object", "required": ["type", "name"], "properties": flat });
     let mut grammar = or_null(text(64 << 10));
-    grammar["not"] = json!({ "pattern": "::=" });
+    grammar["not"] = json!({ "type": "string", "pattern": "::=" });
     grammar["description"] = json!("In Lark's syntax.");
     let structured = json!({ "type": "object", "description": "One of json, regex, choice, grammar, json_object.",
         "properties": {
