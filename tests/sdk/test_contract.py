@@ -206,7 +206,8 @@ class ResponsesTest(unittest.TestCase):
             result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
             after = c.responses.create(input=[result], previous_response_id=answer.id, **self.ASK)
             self.assertTrue(after.output_text.strip())
-            parsed = c.responses.parse(input="Invent a person.", text_format=Person, **{**self.ASK, "max_output_tokens": 96})
+            fields = {**self.ASK, "max_output_tokens": 96}
+            parsed = c.responses.parse(input="Invent a person.", text_format=Person, **fields)
             self.assertIsInstance(parsed.output_parsed, Person)
 
 
