@@ -35,9 +35,9 @@ python_packages() {
     if [ ! -d "$folder" ]; then
         echo "installing $1" >&2
         rm -rf "$folder.unfinished"
-        PIP_REQUIRE_VIRTUALENV=0 PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip install --quiet --disable-pip-version-check \
-            --no-input --no-deps --no-compile --only-binary=:all: --target "$folder.unfinished" --requirement "$1" \
-            </dev/null >&2 || fail "pip could not install $1"
+        PIP_REQUIRE_VIRTUALENV=0 PIP_ROOT_USER_ACTION=ignore "$PYTHON" -m pip install --quiet --no-input \
+            --disable-pip-version-check --no-deps --no-compile --only-binary=:all: \
+            --target "$folder.unfinished" --requirement "$1" </dev/null >&2 || fail "pip could not install $1"
         mv "$folder.unfinished" "$folder" || fail "$folder cannot be written"
     fi
     echo "$folder"

@@ -48,7 +48,8 @@ main() {
     local log=$TARGET/test-logs/sdk-wide.log status=0
     mkdir -p "$TARGET/test-logs"
     "$PYTHON" tests/sdk/run.py --node "$program" --fetched "$DATA_DIR" "${clients[@]}" 2>&1 | tee "$log" || status=$?
-    awk '/^sdk: [0-9]+ passed, [0-9]+ failed$/ { told = substr($0, 6) } END { print told ? told : "0 passed, 1 failed" }' "$log"
+    awk '/^sdk: [0-9]+ passed, [0-9]+ failed$/ { told = substr($0, 6) }
+        END { print told ? told : "0 passed, 1 failed" }' "$log"
     return "$status"
 }
 

@@ -7,13 +7,14 @@ alone: whatever tries another host fails, and so does the run.
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CLIENT_SECONDS_MAX = 600
+CLIENT_SECONDS_MAX = 300
 
 OPENAI = ("test_openai.py", "test_contract.py")
 # Clients that are tested by files of this folder; the others bring their own in wide/NAME.
@@ -76,15 +77,26 @@ def output(command, environment, folder=None):
     with tempfile.TemporaryFile("w+", errors="replace") as said:
         streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": subprocess.STDOUT}
         try:
-            status = subprocess.run(command, env=environment, cwd=folder, timeout=CLIENT_SECONDS_MAX, **streams).returncode
-        except subprocess.TimeoutExpired:
-            status = f"nothing: it ran past {CLIENT_SECONDS_MAX} s"
+            status = ended(subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **streams))
         except OSError as fault:
             status = str(fault)
         said.seek(0)
         text = said.read()
     print(text, flush=True)
     return text, status
+
+
+def ended(process):
+    """A runner that starts runners of its own, as Node's does, is stopped with all of them."""
+    try:
+        return process.wait(CLIENT_SECONDS_MAX)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return f"nothing: they ran past {CLIENT_SECONDS_MAX} s"
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
 
 
 def counts(pattern, said, status):

@@ -57,6 +57,87 @@ for (const baseURL of [url, `${url}/v1`]) {
   });
 }
 
+const weather = {
+  type: "function",
+  function: {
+    name: "weather",
+    description: "Today's weather in a city",
+    parameters: {
+      type: "object",
+      properties: { city: { enum: ["Bern", "Oslo"] } },
+      required: ["city"],
+      additionalProperties: false,
+    },
+    strict: true,
+  },
+};
+const person = {
+  type: "object",
+  properties: { name: { type: "string", maxLength: 12 }, age: { type: "integer", minimum: 0, maximum: 130 } },
+  required: ["name", "age"],
+  additionalProperties: false,
+};
+
+test("a required call is run and its result read by the tool helper", async () => {
+  const asked = [];
+  const run = async ({ city }) => {
+    asked.push(city);
+    return `rain in ${city}`;
+  };
+  const runner = client(url).chat.completions.runTools(
+    {
+      ...short,
+      max_completion_tokens: 96,
+      messages: [{ role: "user", content: "Is it raining in Oslo?" }],
+      tools: [{ ...weather, function: { ...weather.function, function: run, parse: JSON.parse } }],
+      tool_choice: { type: "function", function: { name: "weather" } },
+      parallel_tool_calls: false,
+    },
+    { maxChatCompletions: 1 },
+  );
+  await runner.done();
+  const [, called, result] = runner.messages;
+  assert.equal(called.tool_calls.length, 1);
+  assert.deepEqual(asked, [JSON.parse(called.tool_calls[0].function.arguments).city]);
+  assert.ok(["Bern", "Oslo"].includes(asked[0]));
+  assert.equal(result.tool_call_id, called.tool_calls[0].id);
+  const after = await client(url).chat.completions.create({
+    ...short,
+    messages: runner.messages,
+    tools: [weather],
+    tool_choice: "none",
+  });
+  assert.ok(after.choices[0].message.content.trim());
+});
+
+test("parse gives an object of the schema", async () => {
+  const answer = await client(url).chat.completions.parse({
+    ...short,
+    max_completion_tokens: 96,
+    messages: [{ role: "user", content: "Invent a person." }],
+    response_format: { type: "json_schema", json_schema: { name: "person", schema: person, strict: true } },
+  });
+  assert.equal(answer.choices[0].finish_reason, "stop");
+  const invented = JSON.parse(answer.choices[0].message.content);
+  assert.deepEqual(Object.keys(invented).sort(), ["age", "name"]);
+  assert.ok(Number.isInteger(invented.age) && invented.age >= 0 && invented.age <= 130);
+});
+
+test("a response streams to what the plain one says", async () => {
+  const asked = { model, input: messages[0].content, temperature: 0, max_output_tokens: 12 };
+  const plain = await client(url).responses.create(asked);
+  assert.match(plain.id, /^resp_/);
+  assert.ok(plain.output_text.trim());
+  let text = "";
+  let last;
+  for await (last of await client(url).responses.create({ ...asked, stream: true })) {
+    if (last.type === "response.output_text.delta") text += last.delta;
+  }
+  assert.equal(text, plain.output_text);
+  assert.ok(["response.completed", "response.incomplete"].includes(last.type));
+  assert.deepEqual(last.response.usage, plain.usage);
+});
+
 test("the stream helper collects the whole answer", async () => {
   // Its final parsing refuses answers that were cut, so this one is allowed to end by itself or be cut.
   const runner = client(url).chat.completions.stream({ ...short, messages });

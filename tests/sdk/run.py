@@ -6,7 +6,7 @@ is NAME=FOLDER: a name that clients.py knows or that lies in wide/, and where it
 Ends with `sdk: N passed, N failed`.
 
     run.py --node target/debug/lightcone --fetched .lightcone --client python=FOLDER --client npm=FOLDER
-    run.py --url http://127.0.0.1:8080 --key-file .lightcone/dev-key --client tzafon=FOLDER    (a node that runs already)
+    run.py --url http://127.0.0.1:8080 --key-file .lightcone/dev-key --client npm=FOLDER    (one that runs)
 """
 
 import argparse

@@ -4,7 +4,7 @@ import json
 import unittest
 
 import tzafon
-from shapes import Person
+from shapes import CITIES, WEATHER, Person
 from target import HELLO, KEY, MODEL, MODELS, SHORT, URL
 
 
@@ -55,6 +55,25 @@ class TzafonTest(unittest.TestCase):
                 lightcone.chat.create_completion(model="no-such-model", messages=HELLO)
             with self.assertRaises(tzafon.BadRequestError):
                 lightcone.chat.create_completion(model=MODEL, messages=[])
+
+
+class ToolTest(unittest.TestCase):
+    def test_a_required_call_is_answered_and_its_result_read(self):
+        messages = [{"role": "user", "content": "Is it raining in Oslo?"}]
+        fields = {"model": MODEL, "tools": [WEATHER], "temperature": 0, "max_tokens": 96}
+        with client() as lightcone:
+            for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+                answer = lightcone.chat.create_completion(
+                    messages=messages, tool_choice=choice, parallel_tool_calls=False, **fields
+                )
+                (choice,) = answer["choices"]
+                self.assertEqual(choice["finish_reason"], "tool_calls")
+                (call,) = choice["message"]["tool_calls"]
+                self.assertIn(json.loads(call["function"]["arguments"])["city"], CITIES)
+            result = {"role": "tool", "tool_call_id": call["id"], "content": "rain"}
+            told = [*messages, choice["message"], result]
+            after = lightcone.chat.create_completion(messages=told, tool_choice="none", **fields)
+        self.assertTrue(after["choices"][0]["message"]["content"].strip())
 
 
 class FormTest(unittest.TestCase):

@@ -104,7 +104,8 @@ class ResponsesTest(Cases, unittest.TestCase):
     def test_the_next_turn_follows_the_last_response(self):
         first = self.chat().invoke(TEXT)
         self.assertTrue(first.response_metadata["id"].startswith("resp_"))
-        second = self.chat(use_previous_response_id=True).invoke([HumanMessage(TEXT), first, HumanMessage("And goodbye.")])
+        turns = [HumanMessage(TEXT), first, HumanMessage("And goodbye.")]
+        second = self.chat(use_previous_response_id=True).invoke(turns)
         self.assertTrue(second.text.strip())
         self.assertGreater(second.usage_metadata["input_tokens"], first.usage_metadata["input_tokens"])
 

@@ -70,7 +70,8 @@ class Cases:
 class ChatTest(Cases, unittest.TestCase):
     def model(self, **fields):
         fields = {"model": MODEL, "api_key": KEY, "max_tokens": 24, **PLACE, **fields}
-        return OpenAILike(is_chat_model=True, is_function_calling_model=True, should_use_structured_outputs=True, **fields)
+        able = {"is_function_calling_model": True, "should_use_structured_outputs": True}
+        return OpenAILike(is_chat_model=True, **able, **fields)
 
     def test_the_answer_carries_its_id_and_usage(self):
         told = self.model(max_tokens=3, additional_kwargs={"extra_body": {"ignore_eos": True}}).chat(MESSAGES)

@@ -66,10 +66,10 @@ class Cases:
     async def test_the_output_is_of_its_type(self):
         for output in (NativeOutput(Person), ToolOutput(Person)):
             with self.subTest(output=type(output).__name__):
-                agent = self.agent(output_type=output)
-                result = await agent.run("Invent a person.", model_settings={"parallel_tool_calls": False})
+                agent = self.agent(output_type=output, settings={"parallel_tool_calls": False})
+                result = await agent.run("Invent a person.")
                 self.assertIsInstance(result.output, Person)
-                async with agent.run_stream("Invent a person.", model_settings={"parallel_tool_calls": False}) as stream:
+                async with agent.run_stream("Invent a person.") as stream:
                     self.assertEqual(await stream.get_output(), result.output)
 
     async def test_faults_arrive_as_the_client_s_own_errors(self):

@@ -89,11 +89,12 @@ for (const [kind, { model, id }] of Object.entries(kinds)) {
 
   test(`results go back and text comes out: ${kind}`, async () => {
     const asked = [];
+    const named = { type: "tool", toolName: "weather" };
     const answer = await generateText({
       model: model(),
       tools: { weather: weather(asked) },
       stopWhen: stepCountIs(2),
-      prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? { type: "tool", toolName: "weather" } : "none" }),
+      prepareStep: ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? named : "none" }),
       ...rain,
     });
     assert.equal(answer.steps.length, 2);
