@@ -71,7 +71,13 @@ async fn one_key_is_one_generation_whenever_it_is_asked_again() {
         other["max_tokens"] = json!(3);
         let answer = front.ask(&other).header("idempotency-key", "once").send().await.expect("an answer");
         assert_error(answer, 422, "idempotency_key_reused", Some("Idempotency-Key"), "another body").await;
-        // Another tenant's key of the same name is another key.
+        let mut raw = front.house.valkey.raw().await;
+        let kept: Vec<String> = redis::cmd("KEYS").arg("lc:*:once:*").query_async(&mut raw).await.expect("KEYS");
+        assert_eq!(kept.len(), 2, "the question and its answer: {kept:?}");
+        for key in kept {
+            let ttl: i64 = redis::cmd("PTTL").arg(&key).query_async(&mut raw).await.expect("PTTL");
+            assert!((1..=86_400_000).contains(&ttl), "{key}: {ttl}");
+        }
         assert_eq!(front.depth().await, 0);
         front.house.assert_balanced().await;
     }
@@ -236,6 +242,14 @@ async fn stored_answers_are_listed_page_by_page_and_only_to_their_tenant() {
         let listed = page["data"].as_array().expect("a list").iter();
         listed.map(|answer| answer["id"].as_str().expect("an id").to_owned()).collect()
     };
+    // Nothing that is kept is kept for ever.
+    let mut raw = front.house.valkey.raw().await;
+    let kept: Vec<String> = redis::cmd("KEYS").arg("lc:*:record*").query_async(&mut raw).await.expect("KEYS");
+    assert_eq!(kept.len(), ids.len() + 1, "{kept:?}");
+    for key in kept {
+        let ttl: i64 = redis::cmd("PTTL").arg(&key).query_async(&mut raw).await.expect("PTTL");
+        assert!((1..=30 * 86_400_000).contains(&ttl), "{key}: {ttl}");
+    }
     let all = page("").await;
     assert_eq!((named(&all), &all["has_more"]), (ids.clone(), &json!(false)));
     assert_eq!(all["data"][3]["metadata"], json!({ "number": "4" }));
