@@ -240,7 +240,7 @@ impl Bench {
         let grammars = Grammars::new(Arc::clone(&self.file.vocabulary));
         for (name, schema) in [("plain objects", objects()), ("patterns, numbers and choices", hard())] {
             let shape = Shape { text: TextShape::Json { schema, whitespace: Whitespace::None }, ..Shape::default() };
-            let constraint = grammars.compile(&shape.grammar().ok_or("a shape without a grammar")?)?;
+            let constraint = grammars.compile("bench", &shape.grammar().ok_or("a shape without a grammar")?)?;
             let (mut means, mut medians) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
             for round in 0..10 {
                 let mut running = self.start(Speculation::Off, false)?;

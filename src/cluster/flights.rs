@@ -32,6 +32,8 @@ struct Flight {
     generation: u64,
     seq_next: u32,
     cancelled: bool,
+    /// Something of the prompt was told, which is paid for.
+    has_told: bool,
     /// When its lease was last known to be good.
     renewed: Instant,
     state: State,
@@ -104,7 +106,10 @@ impl Flights {
             let flying = |flight: &&mut Flight| flight.generation == generation && flight.state == State::Flying;
             let Some(flight) = table.get_mut(&request).filter(flying) else { continue };
             let body = match body {
-                EngineEventBody::Prompt { tokens } => EventBody::Prompt { tokens },
+                EngineEventBody::Prompt { tokens } => {
+                    flight.has_told = true;
+                    EventBody::Prompt { tokens }
+                }
                 EngineEventBody::Delta { text, tokens, details } => EventBody::Delta { choice, text, tokens, details },
                 EngineEventBody::Finished { reason, stopped_by, usage } => {
                     if let Some(outcome) = flight.choice_ended(choice, reason, &usage) {
@@ -222,6 +227,7 @@ impl Flight {
             generation,
             seq_next: 1,
             cancelled: false,
+            has_told: false,
             renewed: Instant::now(),
             state: State::Flying,
             ended: 0,
@@ -254,7 +260,7 @@ impl Flight {
             return None;
         }
         // Who leaves before the first token has got nothing and pays nothing.
-        let nothing = self.reason == FinishReason::Cancelled && self.usage.completion_tokens == 0;
+        let nothing = self.reason == FinishReason::Cancelled && self.usage.completion_tokens == 0 && !self.has_told;
         let (reason, usage) = (self.reason, self.usage);
         Some(if nothing { Outcome::Withdrawn } else { Outcome::Finished { reason, usage } })
     }

@@ -107,8 +107,8 @@ impl Actor for Worker {
 /// nor an engine should spend.
 async fn compile_and_submit(station: Arc<Station>, engine: EngineHandle, claim: Arc<Claim>) {
     let Some(source) = claim.job.grammar.clone() else { return };
-    let grammars = Arc::clone(&station.grammars);
-    let compiled = tokio::task::spawn_blocking(move || grammars.compile(&source)).await;
+    let (grammars, lane) = (Arc::clone(&station.grammars), claim.job.tenant.to_string());
+    let compiled = tokio::task::spawn_blocking(move || grammars.compile(&lane, &source)).await;
     match compiled {
         Ok(Ok(constraint)) => submit(&station, &engine, &claim, Some(constraint)),
         Ok(Err(error)) => fail(&station, &claim, &format!("its grammar was not compiled: {error}")),

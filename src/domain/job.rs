@@ -53,6 +53,8 @@ impl Default for SamplingParams {
 /// What ends an answer, beside its length.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stops {
+    /// Behind this text nothing stops the answer; empty where there is no such text.
+    pub until: String,
     pub strings: Vec<String>,
     pub tokens: Vec<u32>,
     /// Whether the answer's text has what stopped it.

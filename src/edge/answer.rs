@@ -18,6 +18,8 @@ pub struct Form {
     pub vocabulary: Arc<Vocabulary>,
     /// Calls of tools may come up in the text.
     pub has_tools: bool,
+    /// What is no call has a form.
+    pub has_shape: bool,
     pub is_legacy: bool,
     /// What the text begins with, before anything that is decoded.
     pub echo: String,
@@ -75,13 +77,19 @@ pub struct Teller {
 struct Choice {
     reader: Option<CallReader>,
     called: u32,
+    has_ended: bool,
     /// Tokens whose text is not told yet.
     tokens: Vec<TokenDetail>,
 }
 
 impl Teller {
     pub fn new(request: RequestId, form: Form) -> Self {
-        let choice = |_| Choice { reader: form.has_tools.then(CallReader::default), ..Choice::default() };
+        let choice = |_| Choice {
+            reader: form
+                .has_tools
+                .then(|| if form.has_shape { CallReader::at_the_start() } else { CallReader::default() }),
+            ..Choice::default()
+        };
         let choices = (0..form.choices).map(choice).collect();
         Self { request, form, choices }
     }
@@ -107,6 +115,13 @@ impl Teller {
         self.pieces(choice, said)
     }
 
+    /// Ends the choices that have not ended by themselves: their request was cancelled.
+    pub fn end_all(&mut self) -> Vec<Piece> {
+        let open: Vec<u32> =
+            (0..self.form.choices).filter(|choice| !self.choices[*choice as usize].has_ended).collect();
+        open.into_iter().flat_map(|choice| self.end(choice, FinishReason::Cancelled, None)).collect()
+    }
+
     pub fn end(&mut self, choice: u32, reason: FinishReason, stopped_by: Option<StoppedBy>) -> Vec<Piece> {
         let Some(of) = self.choices.get_mut(choice as usize) else { return Vec::new() };
         let left = of.reader.as_mut().map(CallReader::finish).unwrap_or_default();
@@ -119,6 +134,7 @@ impl Teller {
             // Who cancels knows it already.
             FinishReason::Stop | FinishReason::Cancelled => WireReason::Stop,
         };
+        of.has_ended = true;
         let tokens = std::mem::take(&mut of.tokens);
         pieces.push(Piece { choice, body: PieceBody::End { reason, stopped_by }, tokens });
         pieces

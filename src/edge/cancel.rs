@@ -22,6 +22,10 @@ pub struct Cancellation<'a> {
     status: &'static str,
 }
 
+/// How often, and after which pause, a store that is away is asked again.
+const WITHDRAW_ATTEMPTS: usize = 5;
+const WITHDRAW_PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
+
 /// Of a chat completion, a completion or a response: what distinguishes them is in front of what names them.
 pub async fn cancel(
     http: HttpRequest,
@@ -33,13 +37,22 @@ pub async fn cancel(
     if !principal.may(Scope::Chat) {
         return Err(ApiError::permission_denied("This API key may not cancel completions."));
     }
-    let name = ["chatcmpl-", "cmpl-", "resp_"].iter().find_map(|prefix| id.strip_prefix(prefix)).unwrap_or(&id);
-    let is_found = match state.find_open(&principal.tenant, name) {
+    let bare = ["chatcmpl-", "cmpl-", "resp_"].iter().find_map(|prefix| id.strip_prefix(prefix)).unwrap_or(&id);
+    // What a client calls its request may begin like one of ours.
+    let found = [id.as_str(), bare].iter().find_map(|name| state.find_open(&principal.tenant, name));
+    let is_found = match found {
         Some((request, model)) => {
-            here(&state, &principal.tenant, &model, &request).await;
+            let (state_, tenant) = (Arc::clone(&state), principal.tenant.clone());
+            // In a task of its own: who asks may hang up in the middle.
+            let ending = async move { here(&state_, &tenant, &model, &request).await };
+            let _ = state.tasks.spawn_on(ending, &state.runtime).await;
             true
         }
-        None => elsewhere(&state, &principal.tenant, &RequestId::from(format!("chatcmpl-{name}"))).await?,
+        None => {
+            let own = state.records.named(&principal.tenant, bare).await.map_err(store_failed)?;
+            let request = own.unwrap_or_else(|| RequestId::from(format!("chatcmpl-{bare}")));
+            elsewhere(&state, &principal.tenant, &request).await?
+        }
     };
     if !is_found {
         return Err(ApiError::not_found("completion in progress", &id));
@@ -50,18 +63,28 @@ pub async fn cancel(
 /// A request whose client this edge has. The stream ends with what was used.
 async fn here(state: &Arc<EdgeState>, tenant: &TenantId, model: &ModelId, request: &RequestId) {
     state.mark_cancelled(request);
-    match state.queue.withdraw(model, tenant, request).await {
-        Ok(true) => {
+    let mut is_unsure = false;
+    for _ in 0..WITHDRAW_ATTEMPTS {
+        let is_withdrawn = match state.queue.withdraw(model, tenant, request).await {
+            Ok(is_withdrawn) => is_withdrawn,
+            Err(error) => {
+                tracing::warn!(%error, %request, "a cancelled request was not looked for in the queue");
+                is_unsure = true;
+                tokio::time::sleep(WITHDRAW_PAUSE).await;
+                continue;
+            }
+        };
+        // An earlier attempt may have withdrawn it, and its answer was lost: then there is no such job any more.
+        let is_gone = is_unsure && matches!(state.queue.find(model, request).await, Ok(None));
+        if is_withdrawn || is_gone {
             state.release_later(tenant.clone(), request.clone(), ReleaseReason::Withdrawn);
             state.hub.withdrawn(request);
+            return;
         }
-        // A worker has it.
-        Ok(false) => drop(state.hub.cancel(request)),
-        Err(error) => {
-            tracing::warn!(%error, %request, "a cancelled request was not looked for in the queue");
-            state.hub.cancel(request);
-        }
+        break;
     }
+    // A worker has it, or the store is away.
+    state.hub.cancel(request);
 }
 
 async fn elsewhere(state: &EdgeState, tenant: &TenantId, request: &RequestId) -> Result<bool, ApiError> {

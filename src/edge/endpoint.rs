@@ -26,7 +26,7 @@ use super::{
 use crate::{
     admission::{Principal, Rates, Scope},
     domain::ModelId,
-    prompt::Asked,
+    prompt::{Asked, CALL_OPEN, TextShape},
     records::{Key, Once},
 };
 
@@ -82,34 +82,93 @@ async fn answer<D: Dialect>(
         let body = whole.map_err(|_| Refusal::Ended(ApiError::too_slow()))?.map_err(Refusal::Ended)?;
         return Ok(with_ignored(HttpResponse::Ok(), &ignored).content_type(JSON).body(body));
     };
-    let key = Key::new(principal.tenant.clone(), &key, http.path().trim_start_matches("/v1"), &bytes);
-    let request = arrival.request_id();
-    let begun = state.records.begin(&key, &request, state.hub.node()).await.map_err(stored::store_failed)?;
-    let recording = match begun {
-        Once::Other => return Err(ApiError::key_reused().into()),
-        Once::Again { .. } => match state.recordings.find(&key) {
-            Some(recording) => recording,
-            None => recording::follow(state, key, wants_stream(&bytes)),
-        },
-        Once::First => {
-            let recorded = match run::<D>(&bytes, state, principal, arrival, model).await {
-                Ok(Run { telling, is_stream, ignored, rates }) => {
-                    http.extensions_mut().insert(rates);
-                    recording::record(state, key.clone(), telling, is_stream, ignored).map_err(Refusal::from)
-                }
-                Err(refusal) => Err(refusal),
-            };
-            // A refusal is no answer: the same request may be sent again, corrected or not.
-            if recorded.is_err()
-                && let Err(error) = state.records.forget(&key).await
-            {
-                tracing::warn!(%error, "an idempotency key was not given back");
-            }
-            recorded?
-        }
-    };
+    let (path, request) = (http.path().trim_start_matches("/v1"), arrival.request_id());
+    let key = Key::new(principal.tenant.clone(), &key, path, &bytes, &request, state.hub.node());
+    let once =
+        Recorded { state: Arc::clone(state), key, bytes: bytes.clone(), principal, arrival, is_resumed: after > 0 };
+    // In a task of its own: a client that hangs up in the middle must not leave a key behind that nobody serves.
+    let asked = state.tasks.spawn_on(once.ask::<D>(), &state.runtime).await.map_err(|error| {
+        tracing::error!(%error, "a request under an idempotency key panicked");
+        ApiError::internal()
+    })?;
+    *model = asked.model;
+    let (recording, rates) = asked.recording?;
+    if let Some(rates) = rates {
+        http.extensions_mut().insert(rates);
+    }
     drop(bytes);
     replayed(state, recording, after).await
+}
+
+/// A request under an idempotency key, on its way to a recording.
+struct Recorded {
+    state: Arc<EdgeState>,
+    key: Key,
+    bytes: Bytes,
+    principal: Principal,
+    arrival: Arrival,
+    /// The client has a part of the answer already.
+    is_resumed: bool,
+}
+
+/// What became of it.
+struct AskedOnce {
+    recording: Result<(Arc<Recording>, Option<Rates>), Refusal>,
+    /// Known as soon as the request was read.
+    model: Option<ModelId>,
+}
+
+impl Recorded {
+    async fn ask<D: Dialect>(self) -> AskedOnce {
+        let mut model = None;
+        let recording = self.recording::<D>(&mut model).await;
+        AskedOnce { recording, model }
+    }
+
+    async fn recording<D: Dialect>(
+        self,
+        model: &mut Option<ModelId>,
+    ) -> Result<(Arc<Recording>, Option<Rates>), Refusal> {
+        let Self { state, key, bytes, principal, arrival, is_resumed } = self;
+        match state.records.begin(&key).await {
+            Ok(Once::First) => {}
+            Ok(Once::Other) => return Err(ApiError::key_reused().into()),
+            Ok(Once::Again) => {
+                let known = state.recordings.find(&key);
+                let recording = known.unwrap_or_else(|| recording::follow(&state, key, wants_stream(&bytes)));
+                return Ok((recording, None));
+            }
+            Err(error) => {
+                // The answer may have been lost and not the question.
+                forget(&state, &key).await;
+                return Err(stored::store_failed(error).into());
+            }
+        }
+        let recorded = if is_resumed {
+            // What it has a part of is gone, and the rest of another answer would not fit.
+            Err(ApiError::nothing_to_resume().into())
+        } else {
+            let running = run::<D>(&bytes, &state, principal, arrival, model);
+            match recording::renewing(&state, &key, running).await {
+                Ok(Run { telling, is_stream, ignored, rates }) => {
+                    let recording = recording::record(&state, key.clone(), telling, is_stream, ignored);
+                    recording.map(|recording| (recording, Some(rates))).map_err(Refusal::from)
+                }
+                Err(refusal) => Err(refusal),
+            }
+        };
+        // A refusal is no answer: the same request may be sent again, corrected or not.
+        if recorded.is_err() {
+            forget(&state, &key).await;
+        }
+        recorded
+    }
+}
+
+async fn forget(state: &EdgeState, key: &Key) {
+    if let Err(error) = state.records.forget(key).await {
+        tracing::warn!(%error, "an idempotency key was not given back");
+    }
 }
 
 /// What a client says about asking again.
@@ -221,6 +280,9 @@ async fn run<D: Dialect>(
     request.priority = request.priority.min(state.priority_max);
 
     let has_tools = !request.ask.shape.calls.tools.is_empty();
+    let has_shape = request.ask.shape.text != TextShape::Any;
+    request.ask.lane = principal.tenant.to_string();
+    free_the_form_of_stops(&mut request);
     let prepared = state.pool.prepare(model.clone(), request.ask.clone()).await;
     let prepared = prepared.map_err(|error| request.refused(error))?;
     let room = served.context_tokens_max.saturating_sub(u32::try_from(prepared.tokens.len()).unwrap_or(u32::MAX));
@@ -246,6 +308,7 @@ async fn run<D: Dialect>(
         choices: request.choices,
         vocabulary: Arc::clone(&known.vocabulary),
         has_tools,
+        has_shape,
         is_legacy: request.tools.is_legacy,
         echo: std::mem::take(&mut request.echo),
         logprobs: request.telling.logprobs.is_some(),
@@ -294,6 +357,29 @@ async fn run<D: Dialect>(
     Ok(Run { telling, is_stream: request.stream, ignored: request.ignored, rates })
 }
 
+/// What would end an answer in the middle of its form has no effect there.
+fn free_the_form_of_stops(request: &mut Request) {
+    let (shape, stops) = (&request.ask.shape, &mut request.stops);
+    if shape.is_free() {
+        return;
+    }
+    if std::mem::take(&mut stops.ignore_eos) {
+        request.ignored.push("ignore_eos".to_owned());
+    }
+    if shape.calls.tools.is_empty() {
+        return;
+    }
+    stops.until = CALL_OPEN.to_owned();
+    if shape.calls.are_required {
+        if !std::mem::take(&mut stops.strings).is_empty() {
+            request.ignored.push("stop".to_owned());
+        }
+        if !std::mem::take(&mut stops.tokens).is_empty() {
+            request.ignored.push("stop_token_ids".to_owned());
+        }
+    }
+}
+
 /// Fields that only some templates have a place for.
 fn note_what_the_template_lacks(request: &mut Request, known: &Known) {
     let Asked::Conversation(conversation) = &request.ask.prompt else { return };
@@ -306,7 +392,7 @@ fn note_what_the_template_lacks(request: &mut Request, known: &Known) {
 }
 
 /// Names the fields that had no effect. The names are the client's own: only what is plain goes into a header.
-fn with_ignored(mut answer: HttpResponseBuilder, ignored: &[String]) -> HttpResponseBuilder {
+pub fn with_ignored(mut answer: HttpResponseBuilder, ignored: &[String]) -> HttpResponseBuilder {
     let plain = |name: &&String| {
         name.len() <= 64 && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.[]".contains(&byte))
     };

@@ -256,6 +256,13 @@ impl ApiError {
         error
     }
 
+    /// What a `Last-Event-ID` points at is not there.
+    pub fn nothing_to_resume() -> Self {
+        let why = "There is no stream under this Idempotency-Key that has the event of 'Last-Event-ID'. \
+                   Ask again without that header.";
+        Self::field("invalid_value", "Last-Event-ID", why)
+    }
+
     /// No such thing of the tenant's.
     pub fn not_found(what: &str, id: &str) -> Self {
         let why = format!("No {what} found with id '{}'.", shorten(id));
@@ -433,6 +440,10 @@ impl From<PromptError> for ApiError {
             PromptError::Refused(why) => {
                 let why = format!("This model's chat template refused the messages: {}", shorten(&why));
                 Self::field("invalid_value", "messages", why)
+            }
+            PromptError::Variables(why) => {
+                let why = format!("This model's chat template cannot use what it was given: {}", shorten(&why));
+                Self::field("invalid_value", "chat_template_kwargs", why)
             }
             PromptError::Grammar { why, .. } => Self::field("invalid_schema", "response_format", shorten_to(&why, 400)),
             PromptError::Full => Self::prompt_pool_full(),

@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use tokio::time::timeout_at;
@@ -21,6 +21,9 @@ use crate::{
     queue::{PublishError, ReplyStream},
     store::StoreError,
 };
+
+/// How long other edges know a request by the name that its client gave it.
+const NAME_KEPT: Duration = Duration::from_secs(6 * 3600);
 
 /// Everything of a job that does not depend on who asks.
 pub struct Wanted {
@@ -80,6 +83,11 @@ pub async fn open(
     };
     let (tenant, rates) = (admitted.tenant().clone(), admitted.rates());
     let (request, model) = (wanted.request.clone(), wanted.model.clone());
+    if let Some(own_id) = &wanted.own_id
+        && let Err(error) = state.records.name(&tenant, own_id, &request, NAME_KEPT).await
+    {
+        tracing::warn!(%error, "other edges will not know a request by the name that its client gave it");
+    }
     let open = OpenRequest::new(Arc::clone(&state), request, tenant, model, wanted.own_id, arrived);
     let reply = state.hub.open(&wanted.request);
     let now = unix_ms();

@@ -21,12 +21,20 @@ use super::{
     state::EdgeState,
     telling::{Streaming, Telling},
 };
-use crate::records::{Answered, Key};
+use crate::{
+    records::{Answered, Key},
+    store::StoreError,
+};
 
 /// Answers that one edge records at the same time.
 const RECORDINGS_MAX: usize = 4096;
 /// How often an edge looks whether another has answered.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// How often, and after which pause, an answer is kept again that the store did not take.
+const KEEP_ATTEMPTS: usize = 20;
+const KEEP_PAUSE: Duration = Duration::from_millis(500);
+/// Bytes of events that are told again at a time: whoever reads slowly has no more than that in memory.
+const PIECE_BYTES_MAX: usize = 64 << 10;
 
 /// The recordings of one edge.
 #[derive(Default)]
@@ -187,19 +195,31 @@ impl Recording {
         })
     }
 
-    /// Events behind the `after`-th, how many there are now, and whether these are all.
+    /// Events behind the `after`-th, as many as go into a piece, the number of the last of them, and whether these are
+    /// all.
     fn since(&self, after: usize) -> (Bytes, usize, bool) {
         let inner = self.inner.lock();
-        let from = if after == 0 { 0 } else { inner.events.get(after - 1).copied().unwrap_or(inner.body.len()) };
-        let mut bytes = BytesMut::from(&inner.body[from..]);
+        let is_over = inner.outcome.is_some();
+        if after > inner.events.len() && is_over {
+            return (event_of(&ApiError::nothing_to_resume()), after, true);
+        }
+        let start = |event: usize| if event == 0 { 0 } else { inner.events[event - 1] };
+        let from = start(after.min(inner.events.len()));
+        let rest = inner.events.get(after..).unwrap_or_default();
+        let fits = rest.iter().take_while(|end| **end - from <= PIECE_BYTES_MAX).count().max(rest.len().min(1));
+        let (until, count) = (start(after + fits).max(from), after + fits);
+        let mut bytes = BytesMut::from(&inner.body[from..if fits == 0 { from } else { until }]);
+        let is_all = is_over && count >= inner.events.len();
         // A stream that was cut off has said so itself.
         if let (Some(Err(error)), true) = (&inner.outcome, inner.events.is_empty()) {
-            bytes.extend_from_slice(b"data: ");
-            bytes.extend_from_slice(&error.json());
-            bytes.extend_from_slice(b"\n\n");
+            bytes.extend_from_slice(&event_of(error));
         }
-        (bytes.freeze(), inner.events.len().max(after), inner.outcome.is_some())
+        (bytes.freeze(), count, is_all)
     }
+}
+
+fn event_of(error: &ApiError) -> Bytes {
+    [&b"data: "[..], &error.json(), b"\n\n"].concat().into()
 }
 
 fn ends_of_events(body: &[u8]) -> Vec<usize> {
@@ -248,13 +268,15 @@ pub fn record(
                 Ok(last) => {
                     let body = into.with_last(last);
                     let answered = Answered { content_type: content_type.to_owned(), ignored, body };
-                    state.records.answered(&key, &answered).await
+                    renewing(&state, &key, keep(&state, &key, &answered)).await
                 }
                 // Nothing was charged, or nothing can be told again: the next one is the first.
-                Err(_) => state.records.forget(&key).await,
+                Err(_) => state.records.forget(&key).await.map(|()| true),
             };
-            if let Err(error) = kept {
-                tracing::warn!(%error, "what was asked under an idempotency key was not kept");
+            match kept {
+                Ok(true) => {}
+                Ok(false) => tracing::warn!("an idempotency key was somebody else's before its answer was there"),
+                Err(error) => tracing::error!(%error, "what was asked under an idempotency key was not kept"),
             }
             into.end(outcome);
             state.recordings.remove(&key);
@@ -290,18 +312,33 @@ async fn whole(mut telling: Telling, state: &EdgeState) -> Result<Last, ApiError
     Ok(Last::Body(body))
 }
 
-/// Says now and then that the key is in use.
-async fn renewing<T>(state: &EdgeState, key: &Key, work: impl Future<Output = T>) -> T {
-    tokio::pin!(work);
-    loop {
-        match timeout(state.records.lease() / 3, &mut work).await {
-            Ok(done) => return done,
-            Err(_) => {
-                if let Err(error) = state.records.renew(key).await {
-                    tracing::warn!(%error, "an idempotency key was not renewed");
-                }
+/// It was charged: whoever asks again must not pay for it again, so a short absence of the store is waited out.
+async fn keep(state: &EdgeState, key: &Key, answered: &Answered) -> Result<bool, StoreError> {
+    for _ in 0..KEEP_ATTEMPTS {
+        match state.records.answered(key, answered).await {
+            Err(error) if error.is_transient() => {
+                tracing::warn!(%error, "an answer under an idempotency key waits for the store");
+                tokio::time::sleep(KEEP_PAUSE).await;
+            }
+            kept => return kept,
+        }
+    }
+    state.records.answered(key, answered).await
+}
+
+/// Says now and then that the key is in use, while `work` goes on.
+pub async fn renewing<T>(state: &EdgeState, key: &Key, work: impl Future<Output = T>) -> T {
+    let renewal = async {
+        loop {
+            tokio::time::sleep(state.records.lease() / 3).await;
+            if let Err(error) = state.records.renew(key).await {
+                tracing::warn!(%error, "an idempotency key was not renewed");
             }
         }
+    };
+    tokio::select! {
+        done = work => done,
+        () = renewal => unreachable!("it goes on for ever"),
     }
 }
 
@@ -317,6 +354,9 @@ pub fn follow(state: &Arc<EdgeState>, key: Key, is_stream: bool) -> Arc<Recordin
                     Ok(Some(answered)) => return into.replay(answered),
                     Ok(None) => {}
                     Err(error) => tracing::warn!(%error, "an answer could not be looked up"),
+                }
+                if state_.is_draining() {
+                    return into.end(Err(ApiError::draining()));
                 }
                 // Nobody is waiting any more.
                 if Arc::strong_count(&into) == 1 {

@@ -38,6 +38,8 @@ const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
 const IDLE_TIME_MAX: Duration = Duration::from_secs(75);
 /// After the streams have ended, how long connections may take to go.
 const CLOSE_SECONDS_MAX: u64 = 1;
+/// What was taken on behind the connections: holds given back, answers kept.
+const TASKS_TIME_MAX: Duration = Duration::from_secs(3);
 const BACKLOG: u32 = 1024;
 /// How long a browser may remember what it was allowed.
 const CORS_SECONDS: usize = 3600;
@@ -120,7 +122,7 @@ impl EdgeHandle {
             let _ = timeout(Duration::from_secs(CLOSE_SECONDS_MAX), self.state.all_closed()).await;
         }
         self.state.tasks.close();
-        if timeout(Duration::from_secs(CLOSE_SECONDS_MAX), self.state.tasks.wait()).await.is_err() {
+        if timeout(TASKS_TIME_MAX, self.state.tasks.wait()).await.is_err() {
             tracing::warn!("some holds could not be given back in time; they will expire");
         }
         self.server.stop(true).await;

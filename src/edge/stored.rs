@@ -12,7 +12,7 @@ use crate::{
     admission::Scope,
     domain::TenantId,
     prompt::{Message, Role, ToolCall},
-    records::{Order, Record},
+    records::{Listed, Order, Record},
     store::StoreError,
 };
 
@@ -131,7 +131,7 @@ async fn delete(
     object: &'static str,
 ) -> Result<HttpResponse, ApiError> {
     let (tenant, _) = found(http, state, id, kind).await?;
-    state.records.delete(&tenant, id).await.map_err(store_failed)?;
+    state.records.delete(&tenant, kind, id).await.map_err(store_failed)?;
     Ok(HttpResponse::Ok().json(Deleted { id, object, deleted: true }))
 }
 
@@ -220,13 +220,15 @@ pub async fn list_chat(http: HttpRequest, state: web::Data<EdgeState>) -> Result
     let wanted = Wanted::read(http.query_string())?;
     let choose = |record: Record| {
         let answer = serde_json::from_slice(&record.answer).ok()?;
-        (record.kind == CHAT && wanted.has(&answer)).then_some((record.id, answer))
+        wanted.has(&answer).then_some((record.id, answer))
     };
-    let listed =
-        state.records.list(&principal.tenant, wanted.order, wanted.after.as_deref(), wanted.limit, choose).await;
-    let (found, has_more) = listed.map_err(store_failed)?;
+    let (after, limit) = (wanted.after.as_deref(), wanted.limit);
+    let listed = state.records.list(&principal.tenant, CHAT, wanted.order, after, limit, choose).await;
+    let Listed { found, last, has_more } = listed.map_err(store_failed)?;
     let (ids, data): (Vec<String>, Vec<Value>) = found.into_iter().unzip();
-    let (first_id, last_id) = (ids.first().map(String::as_str), ids.last().map(String::as_str));
+    let first_id = ids.first().map(String::as_str);
+    // Where not all was looked at, the next page begins behind what was, wanted or not.
+    let last_id = if has_more { last.as_deref() } else { ids.last().map(String::as_str) };
     Ok(HttpResponse::Ok().json(ChatList { object: "list", data, first_id, last_id, has_more }))
 }
 

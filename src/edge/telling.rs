@@ -44,6 +44,7 @@ impl Telling {
                     whole.add(self.teller.end(choice, reason, stopped_by));
                 }
                 News::Finished(usage) => {
+                    whole.add(self.teller.end_all());
                     whole.usage = usage;
                     let body = self.writer.whole(&whole);
                     if let Some(keeping) = self.keeping.take() {
@@ -90,6 +91,8 @@ impl Telling {
                 self.pieces(pieces, out);
             }
             News::Finished(usage) => {
+                let pieces = self.teller.end_all();
+                self.pieces(pieces, out);
                 // Who has heard of the end may ask for the answer.
                 if let Some(mut keeping) = self.keeping.take() {
                     let mut whole = std::mem::take(&mut keeping.whole);

@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::{
     auth::authenticate,
     body,
+    endpoint::with_ignored,
     error::ApiError,
     state::EdgeState,
     wire::{Body, tokens},
@@ -56,7 +57,7 @@ pub async fn tokenize(
 ) -> Result<HttpResponse, ApiError> {
     let state: Arc<EdgeState> = state.into_inner();
     let (body, model) = asked(&http, &mut payload, &state).await?;
-    let (prompt, wants_texts) = tokens::read_text(body, state.settings.messages_max)?;
+    let (prompt, wants_texts, ignored) = tokens::read_text(body, state.settings.messages_max)?;
     let is_empty = prompt == Asked::Text(String::new());
     let prepared = state.pool.prepare(model.clone(), Ask::new(prompt)).await?;
     let tokens = if is_empty { Vec::new() } else { prepared.tokens };
@@ -64,7 +65,12 @@ pub async fn tokenize(
     let texts = || tokens.iter().map(|token| known.vocabulary.tokens[*token as usize].as_str()).collect();
     let token_strs = wants_texts.then(texts);
     let max_model_len = state.models[&model].context_tokens_max;
-    Ok(HttpResponse::Ok().json(Tokens { count: tokens.len(), max_model_len, token_strs, tokens }))
+    Ok(with_ignored(HttpResponse::Ok(), &ignored).json(Tokens {
+        count: tokens.len(),
+        max_model_len,
+        token_strs,
+        tokens,
+    }))
 }
 
 pub async fn detokenize(
@@ -74,7 +80,7 @@ pub async fn detokenize(
 ) -> Result<HttpResponse, ApiError> {
     let (body, model) = asked(&http, &mut payload, &state).await?;
     let known = state.known(&model);
-    let tokens = tokens::read_tokens(body, known.vocabulary.len())?;
+    let (tokens, ignored) = tokens::read_tokens(body, known.vocabulary.len())?;
     let bytes: Vec<u8> = tokens.iter().flat_map(|token| known.vocabulary.spelled(*token)).copied().collect();
-    Ok(HttpResponse::Ok().json(Text { prompt: &String::from_utf8_lossy(&bytes) }))
+    Ok(with_ignored(HttpResponse::Ok(), &ignored).json(Text { prompt: &String::from_utf8_lossy(&bytes) }))
 }

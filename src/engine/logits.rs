@@ -43,6 +43,9 @@ impl TokenSet {
     }
 }
 
+/// Penalties leave no logit beyond this.
+const LOGIT_MAX: f32 = 1e30;
+
 /// The changes that one answer asks for, and what they need to know of its tokens.
 pub struct Shaper {
     bias: Vec<(u32, f32)>,
@@ -97,7 +100,8 @@ impl Shaper {
             for token in self.prompt.iter().chain(answer) {
                 if let Some(logit) = row.get_mut(*token as usize) {
                     let factor = if *logit > 0.0 { 1.0 / self.repetition_penalty } else { self.repetition_penalty };
-                    *logit *= factor;
+                    // Infinite ones would be left with no weight to draw by.
+                    *logit = (*logit * factor).clamp(-LOGIT_MAX, LOGIT_MAX);
                 }
             }
         }
@@ -189,6 +193,14 @@ mod tests {
 
     fn left(row: &[f32]) -> Vec<usize> {
         (0..row.len()).filter(|i| row[*i] > f32::NEG_INFINITY).collect()
+    }
+
+    #[test]
+    fn no_penalty_makes_a_logit_infinite() {
+        let params = SamplingParams { repetition_penalty: f32::MIN_POSITIVE, ..Default::default() };
+        let row = shaped(&params, &[2, 3], &[4, 5], None);
+        assert!(row.iter().all(|logit| logit.is_finite()), "{row:?}");
+        assert!(row[2] > 1e20 && row[3] > -1.0);
     }
 
     #[test]

@@ -552,6 +552,22 @@ fn tell_of_prompt<'a>(sequence: &mut Sequence, rows: impl Iterator<Item = &'a [f
     }
 }
 
+/// A grammar that turns out to be too much, at a place that its author chose: what was told before is no failure of
+/// ours, and is paid for.
+fn cannot_follow(sequence: &mut Sequence, error: &GrammarError) -> EngineEventBody {
+    if sequence.answer().is_empty() {
+        return EngineEventBody::Failed { message: format!("the grammar cannot be followed: {error}") };
+    }
+    tracing::warn!(request = %sequence.spec.request, %error, "an answer was cut off: its grammar cannot be followed");
+    cut_off(sequence)
+}
+
+/// As if there were no room for more.
+fn cut_off(sequence: &mut Sequence) -> EngineEventBody {
+    let Ending { reason, stopped_by } = sequence.cut();
+    EngineEventBody::Finished { reason, stopped_by, usage: sequence.usage() }
+}
+
 /// Samples from row after row of `logits` for as long as what comes out is what the next row was computed
 /// with. Random numbers belong to positions, so this is what would have come out row by row.
 fn verify<'a>(
@@ -566,7 +582,7 @@ fn verify<'a>(
     let failed = |message: &str| Some(EngineEventBody::Failed { message: message.to_owned() });
     let mask = match mask.transpose() {
         Ok(mask) => mask,
-        Err(error) => return End { accepted: 0, last: failed(&format!("the grammar cannot be followed: {error}")) },
+        Err(error) => return End { accepted: 0, last: Some(cannot_follow(sequence, &error)) },
     };
     for (i, row) in logits.enumerate() {
         if !sampler::is_finite(row) {
@@ -574,7 +590,7 @@ fn verify<'a>(
             break;
         }
         let Some(token) = choose(sequence, row, mask.as_ref(), scratch) else {
-            end.last = failed("nothing that may come next is left");
+            end.last = Some(cut_off(sequence));
             break;
         };
         let is_right = drafts.get(i) == Some(&token);
@@ -590,7 +606,7 @@ fn verify<'a>(
         let ending = sequence.accept(token, detail, vocabulary);
         let ending = match (ending, matched) {
             (_, Err(error)) => {
-                end.last = failed(&format!("the grammar cannot be followed: {error}"));
+                end.last = Some(cannot_follow(sequence, &error));
                 break;
             }
             (None, Ok(Some(true))) => Some(sequence.complete()),

@@ -71,7 +71,7 @@ impl Sequence {
             cached_tokens: None,
             prompt_told: 1,
             prompt_details: Vec::new(),
-            text: TextAssembler::new(stops, spec.stops.are_shown),
+            text: TextAssembler::new(stops, spec.stops.are_shown, spec.stops.until.clone()),
             said: String::new(),
             uncounted: 0,
             details: Vec::new(),
@@ -166,7 +166,7 @@ impl Sequence {
             self.details.push((detail, self.decoded_bytes));
         }
         let stop = |stopped_by| Some(Ending { reason: FinishReason::Stop, stopped_by });
-        let is_stop = self.spec.stops.tokens.contains(&token);
+        let is_stop = self.spec.stops.tokens.contains(&token) && !self.text.is_past_stops();
         if !self.spec.stops.ignore_eos && vocabulary.is_eos(token) || is_stop && !self.spec.stops.are_shown {
             self.said += &self.text.finish();
             if let Some((detail, _)) = self.details.last_mut() {
@@ -203,6 +203,12 @@ impl Sequence {
         }
     }
 
+    /// Nothing can follow.
+    pub fn cut(&mut self) -> Ending {
+        self.said += &self.text.finish();
+        Ending { reason: FinishReason::Length, stopped_by: None }
+    }
+
     /// Nothing may follow what its grammar has read.
     pub fn complete(&mut self) -> Ending {
         self.said += &self.text.finish();
@@ -236,7 +242,10 @@ impl Sequence {
         if !self.said.is_empty() || has_ended && !self.details.is_empty() {
             let text = std::mem::take(&mut self.said);
             let tokens = std::mem::take(&mut self.uncounted);
-            let details = std::mem::take(&mut self.details).into_iter().map(|(detail, _)| detail).collect();
+            // A token whose text waits may yet turn out to be part of what stops the answer.
+            let certain = if has_ended { usize::MAX } else { self.decoded_bytes - self.text.waiting() };
+            let told = self.details.iter().take_while(|(_, from)| *from < certain).count();
+            let details = self.details.drain(..told).map(|(detail, _)| detail).collect();
             events.push(self.event(EngineEventBody::Delta { text, tokens, details }));
         }
     }

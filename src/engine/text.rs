@@ -8,6 +8,9 @@ pub struct TextAssembler {
     stops: Vec<String>,
     /// Whether the text ends with what stopped it, rather than before it.
     shows_stops: bool,
+    /// From this on, nothing stops it any more; empty where there is no such text.
+    until: String,
+    is_past_stops: bool,
     /// Bytes at the end that are not yet a whole character.
     bytes: Vec<u8>,
     /// Whole characters held back because they may begin a stop string.
@@ -30,25 +33,42 @@ pub enum Progress {
 }
 
 impl TextAssembler {
-    pub fn new(stops: Vec<String>, shows_stops: bool) -> Self {
+    pub fn new(stops: Vec<String>, shows_stops: bool, until: String) -> Self {
         let stops = stops.into_iter().filter(|s| !s.is_empty()).collect();
-        Self { stops, shows_stops, bytes: Vec::new(), held: String::new() }
+        Self { stops, shows_stops, until, is_past_stops: false, bytes: Vec::new(), held: String::new() }
+    }
+
+    /// Whether what stops must no longer do so.
+    pub fn is_past_stops(&self) -> bool {
+        self.is_past_stops
+    }
+
+    /// Bytes that are not handed out yet.
+    pub fn waiting(&self) -> usize {
+        self.bytes.len() + self.held.len()
     }
 
     /// Takes the bytes of the next token. Unless it `may_stop`, the text is only text.
     pub fn push(&mut self, bytes: &[u8], may_stop: bool) -> Progress {
         self.bytes.extend_from_slice(bytes);
         self.decode(false);
-        if !may_stop {
+        let end = (!self.until.is_empty()).then(|| self.held.find(&self.until)).flatten();
+        if !may_stop && end.is_none() {
             return Progress::Text(std::mem::take(&mut self.held));
         }
         let found = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at, stop)));
-        if let Some((at, stop)) = found.min_by_key(|(at, _)| *at) {
+        let first = found.filter(|_| may_stop).min_by_key(|(at, _)| *at);
+        if let Some((at, stop)) = first.filter(|(at, _)| end.is_none_or(|end| *at < end)) {
             let by = stop.clone();
             let end = if self.shows_stops { at + by.len() } else { at };
             let dropped = self.held.len() - end + self.bytes.len();
             self.held.truncate(end);
             return Progress::Stopped { text: std::mem::take(&mut self.held), by, dropped };
+        }
+        if end.is_some() {
+            self.is_past_stops = true;
+            self.stops.clear();
+            self.until.clear();
         }
         let rest = self.held.split_off(self.held.len() - self.possible_stop());
         Progress::Text(std::mem::replace(&mut self.held, rest))
@@ -94,7 +114,7 @@ impl TextAssembler {
                 .find(|len| stop.is_char_boundary(*len) && self.held.ends_with(&stop[..*len]))
                 .unwrap_or(0)
         };
-        self.stops.iter().map(overlap).max().unwrap_or(0)
+        self.stops.iter().chain([&self.until]).map(overlap).max().unwrap_or(0)
     }
 }
 
@@ -110,7 +130,7 @@ mod tests {
     }
 
     fn joined_with(bytes: &[u8], cuts: &[usize], stops: &[&str], shows_stops: bool) -> String {
-        let mut text = TextAssembler::new(stops.iter().map(|s| (*s).to_owned()).collect(), shows_stops);
+        let mut text = TextAssembler::new(stops.iter().map(|s| (*s).to_owned()).collect(), shows_stops, String::new());
         let mut out = String::new();
         let mut rest = bytes;
         let mut cuts = cuts.iter().cycle();
@@ -126,6 +146,25 @@ mod tests {
     }
 
     #[test]
+    fn nothing_stops_what_comes_behind_a_text_that_says_so() {
+        let whole = "say\n it<call>\n{\"a\": 1}";
+        for cut in 0..=whole.len() {
+            let mut text = TextAssembler::new(vec!["\n{".into(), "}".into()], false, "<call>".into());
+            let mut told = String::new();
+            for piece in [&whole[..cut], &whole[cut..]] {
+                match text.push(piece.as_bytes(), true) {
+                    Progress::Text(text) => told += &text,
+                    stopped @ Progress::Stopped { .. } => panic!("{stopped:?} at {cut}"),
+                }
+            }
+            assert_eq!(told + &text.finish(), whole);
+            assert!(text.is_past_stops());
+        }
+        let mut text = TextAssembler::new(vec!["it".into()], false, "<call>".into());
+        assert!(matches!(text.push(whole.as_bytes(), true), Progress::Stopped { text, .. } if text == "say\n "));
+    }
+
+    #[test]
     fn a_stop_string_over_several_tokens_never_shows() {
         assert_eq!(joined(b"one END two", &[1], &["END"]), "one ");
         assert_eq!(joined(b"one EN two", &[1], &["END"]), "one EN two");
@@ -138,7 +177,7 @@ mod tests {
     fn a_stop_string_is_shown_whole_where_it_is_wanted_and_ignored_while_it_must_not_stop() {
         assert_eq!(joined_with(b"one END two", &[1], &["END"], true), "one END");
         assert_eq!(joined_with(b"one END two", &[11], &["END", "ND"], true), "one END");
-        let mut text = TextAssembler::new(vec!["b".into()], false);
+        let mut text = TextAssembler::new(vec!["b".into()], false, String::new());
         assert_eq!(text.push(b"ab", false), Progress::Text("ab".into()));
         assert_eq!(text.push(b"cb", true), Progress::Stopped { text: "c".into(), by: "b".into(), dropped: 1 });
     }

@@ -21,7 +21,11 @@ use crate::{
 };
 
 /// Compiled grammars that are kept; each takes up to a few megabytes.
-const KEPT: NonZeroUsize = NonZeroUsize::new(32).unwrap();
+const KEPT: NonZeroUsize = NonZeroUsize::new(48).unwrap();
+/// Of one lane: nobody's grammars are pushed out by one who has many.
+const KEPT_OF_LANE: usize = 12;
+/// States of a grammar's lexer, of one to two kilobytes each.
+const LEXER_STATES_MAX: usize = 25_000;
 /// Work that compiling one grammar may be, in units of which some 50,000 take a millisecond.
 const COMPILE_FUEL: u64 = 5_000_000;
 /// The same for one mask, 14,000 a millisecond.
@@ -43,7 +47,8 @@ pub enum GrammarError {
 pub struct Grammars {
     vocabulary: Arc<Vocabulary>,
     factory: OnceLock<Result<ParserFactory, GrammarError>>,
-    compiled: Mutex<LruCache<GrammarSource, Matcher>>,
+    /// Each lane has its own, so that none can time what another has compiled.
+    compiled: Mutex<LruCache<(String, GrammarSource), Matcher>>,
 }
 
 impl Grammars {
@@ -62,17 +67,35 @@ impl Grammars {
     }
 
     /// Blocks for as long as it takes: milliseconds, or half a second the first time.
-    pub fn compile(&self, source: &GrammarSource) -> Result<Constraint, GrammarError> {
-        let known = self.compiled.lock().get(source).map(Matcher::deep_clone);
+    /// `lane`: who asks, as far as what is kept goes.
+    pub fn compile(&self, lane: &str, source: &GrammarSource) -> Result<Constraint, GrammarError> {
+        let key = (lane.to_owned(), source.clone());
+        let known = self.compiled.lock().get(&key).map(Matcher::deep_clone);
         let matcher = match known {
             Some(matcher) => matcher,
             None => {
                 let matcher = self.build(source)?;
-                self.compiled.lock().put(source.clone(), matcher.deep_clone());
+                self.keep(key, matcher.deep_clone());
                 matcher
             }
         };
         Ok(Constraint::new(matcher, Arc::clone(&self.vocabulary)))
+    }
+
+    fn keep(&self, key: (String, GrammarSource), matcher: Matcher) {
+        let mut compiled = self.compiled.lock();
+        let of_lane = || compiled.iter().filter(|((lane, _), _)| *lane == key.0);
+        if of_lane().count() >= KEPT_OF_LANE
+            && let Some(oldest) = of_lane().next_back().map(|(key, _)| key.clone())
+        {
+            compiled.pop(&oldest);
+        }
+        compiled.put(key, matcher);
+    }
+
+    /// Whether it can be compiled. Keeps nothing.
+    pub fn check(&self, source: &GrammarSource) -> Result<(), GrammarError> {
+        self.build(source).map(drop)
     }
 
     fn build(&self, source: &GrammarSource) -> Result<Matcher, GrammarError> {
@@ -102,6 +125,7 @@ impl Grammars {
             limits.initial_lexer_fuel = COMPILE_FUEL;
             limits.step_lexer_fuel = MASK_FUEL;
             limits.max_grammar_size = SYMBOLS_MAX;
+            limits.max_lexer_states = LEXER_STATES_MAX;
             Ok(factory)
         });
         factory.as_ref().map_err(Clone::clone)

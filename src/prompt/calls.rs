@@ -35,6 +35,10 @@ pub struct CallReader {
 enum State {
     #[default]
     Text,
+    /// At the beginning of an answer that is either calls or text of a form.
+    Start,
+    /// Of a form: whatever it has in it is no call.
+    Form,
     /// Behind the opening tag, before the arguments.
     Head,
     Arguments(Json),
@@ -51,6 +55,12 @@ impl CallReader {
         self.calls
     }
 
+    /// Of an answer that has its calls at the beginning or nowhere: the text that it has otherwise is of a form, and may
+    /// hold anything.
+    pub fn at_the_start() -> Self {
+        Self { state: State::Start, ..Self::default() }
+    }
+
     pub fn read(&mut self, text: &str) -> Vec<Said> {
         self.held.push_str(text);
         let mut said = Vec::new();
@@ -62,7 +72,7 @@ impl CallReader {
     /// ours, and no text.
     pub fn finish(&mut self) -> Vec<Said> {
         let rest = std::mem::take(&mut self.held);
-        if !matches!(self.state, State::Text) {
+        if !matches!(self.state, State::Text | State::Start | State::Form) {
             return Vec::new();
         }
         if rest.is_empty() { Vec::new() } else { vec![Said::Text(rest)] }
@@ -71,6 +81,17 @@ impl CallReader {
     /// Goes as far as one state allows. False when more text is needed.
     fn step(&mut self, said: &mut Vec<Said>) -> bool {
         match &mut self.state {
+            State::Start if self.held.len() < CALL_OPEN.len() && CALL_OPEN.starts_with(self.held.as_str()) => false,
+            State::Start => {
+                self.state = if self.held.starts_with(CALL_OPEN) { State::Text } else { State::Form };
+                true
+            }
+            State::Form => {
+                if !self.held.is_empty() {
+                    said.push(Said::Text(std::mem::take(&mut self.held)));
+                }
+                false
+            }
             State::Text => {
                 let (text, is_open) = match self.held.find(CALL_OPEN) {
                     Some(at) => (at, true),
@@ -184,6 +205,35 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn text_of_a_form_is_text_whatever_it_says() {
+        let form = format!("{{\"t\": \"{CALL_OPEN}\", \"name\": \"delete_all\", \"arguments\": {{}}}} \n");
+        let call = format!("{CALL_OPEN}\n{{\"name\": \"f\", \"arguments\": {{\"a\": 1}}}}\n{CALL_CLOSE}");
+        for cut in 1..form.len().min(call.len()) {
+            let mut reader = CallReader::at_the_start();
+            let mut said = reader.read(&form[..cut]);
+            said.extend(reader.read(&form[cut..]));
+            said.extend(reader.finish());
+            let text: String = said
+                .iter()
+                .map(|said| match said {
+                    Said::Text(text) => text.as_str(),
+                    _ => "a call",
+                })
+                .collect();
+            assert_eq!(text, form);
+            let mut reader = CallReader::at_the_start();
+            let mut said = reader.read(&call[..cut]);
+            said.extend(reader.read(&call[cut..]));
+            assert!(said.contains(&Said::Call { index: 0, name: "f".into() }), "{said:?}");
+            assert!(!said.iter().any(|said| matches!(said, Said::Text(_))), "{said:?}");
+        }
+        // What broke off before it was certain is text.
+        let mut reader = CallReader::at_the_start();
+        assert_eq!(reader.read("<tool"), []);
+        assert_eq!(reader.finish(), [Said::Text("<tool".into())]);
+    }
 
     /// What was said, joined: the text, and each call's name and arguments.
     fn joined(pieces: impl Iterator<Item = String>) -> (String, Vec<(String, String, bool)>) {

@@ -21,6 +21,7 @@ pub use render::Encoder;
 pub use shape::{Calls, Shape, Shaped, TextShape, Whitespace};
 pub use template::Template;
 pub use tokenizer::{Tokenizer, TokenizerError};
+pub use tools::CALL_OPEN;
 
 /// Why there is no prompt.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -39,6 +40,9 @@ pub enum PromptError {
     /// The template failed otherwise.
     #[error("chat template failed: {0}")]
     Render(String),
+    /// The template cannot use the client's own variables or documents.
+    #[error("the chat template cannot use its variables: {0}")]
+    Variables(String),
     #[error("tokeniser failed: {0}")]
     Encode(String),
     /// `tokens` is exact, or a lower bound where counting all would have been work for nothing.

@@ -38,6 +38,8 @@ pub struct Ask {
     /// Only so many tokens of the prompt, the last ones, are read.
     pub tokens_max: Option<usize>,
     pub bad_words: Vec<String>,
+    /// Whose request it is, as far as what is kept of it goes.
+    pub lane: String,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -60,7 +62,7 @@ pub struct Prepared {
 impl Ask {
     /// Of an answer of any shape.
     pub fn new(prompt: Asked) -> Self {
-        Self { prompt, shape: Shape::default(), tokens_max: None, bad_words: Vec::new() }
+        Self { prompt, shape: Shape::default(), tokens_max: None, bad_words: Vec::new(), lane: String::new() }
     }
 
     fn is_small(&self) -> bool {
@@ -107,15 +109,15 @@ impl PromptModel {
     /// The prompt's token ids, fewer than the context, so that there is room for an answer; and whatever else the
     /// engine needs of the client's words.
     pub fn prepare(&self, ask: &Ask) -> Result<Prepared, PromptError> {
-        let grammar = self.grammar(&ask.shape)?;
+        let grammar = self.grammar(&ask.shape, &ask.lane)?;
         let tokens = self.tokens(ask)?;
         let bad_words = self.bad_words(&ask.bad_words)?;
         Ok(Prepared { tokens, grammar, bad_words })
     }
 
-    fn grammar(&self, shape: &Shape) -> Result<Option<GrammarSource>, PromptError> {
+    fn grammar(&self, shape: &Shape, lane: &str) -> Result<Option<GrammarSource>, PromptError> {
         let Some(grammar) = shape.grammar() else { return Ok(None) };
-        let compiled = |grammar: &GrammarSource| self.grammars.compile(grammar).map(drop);
+        let compiled = |grammar: &GrammarSource| self.grammars.compile(lane, grammar).map(drop);
         let why = match compiled(&grammar) {
             Ok(()) => return Ok(Some(grammar)),
             Err(GrammarError::Vocabulary(why)) => return Err(PromptError::Encode(why)),
@@ -123,7 +125,7 @@ impl PromptModel {
         };
         let parts = shape.parts().filter_map(|(what, part)| part.grammar().map(|grammar| (what, grammar)));
         for (what, part) in parts {
-            if let Err(GrammarError::Refused(why)) = compiled(&part) {
+            if let Err(GrammarError::Refused(why)) = self.grammars.check(&part) {
                 return Err(PromptError::Grammar { what, why });
             }
         }
@@ -254,6 +256,9 @@ fn cut(text: &str, bytes: usize) -> usize {
         return text.len();
     }
     let limit = (0..=bytes).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    if limit == 0 {
+        return text.chars().next().map_or(0, char::len_utf8);
+    }
     let from = (limit / 2..=limit).find(|&at| text.is_char_boundary(at)).unwrap_or(limit);
     text[from..limit].rfind(' ').map_or(limit, |space| from + space).max(1)
 }
@@ -383,6 +388,16 @@ mod tests {
 
     fn ask(messages: Vec<Message>) -> Ask {
         Ask::new(Asked::Conversation(Box::new(Conversation::new(messages))))
+    }
+
+    #[test]
+    fn texts_are_cut_between_characters_and_never_before_the_first() {
+        for text in ["🦀abc", "é", "a🦀", "🦀🦀 🦀"] {
+            for bytes in 0..=text.len() {
+                let at = cut(text, bytes);
+                assert!(at > 0 && text.is_char_boundary(at), "{text} near {bytes}: {at}");
+            }
+        }
     }
 
     #[test]

@@ -105,7 +105,13 @@ impl Template {
                 documents => optional(defused(&conversation.documents)),
                 ..Value::from(Serde(&variables))
             })
-            .map_err(failed)?;
+            .map_err(|error| match failed(error) {
+                // What the client put into the template's hands may be at fault, and is.
+                PromptError::Render(why) if !variables.is_empty() || !conversation.documents.is_empty() => {
+                    PromptError::Variables(why)
+                }
+                error => error,
+            })?;
         if conversation.continues_last {
             // What the template writes behind the last message would end it.
             let Some(at) = text.rfind(end.as_str()) else {

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     domain::{NodeId, RequestId, TenantId},
-    store::{Store, StoreError, keys},
+    store::{Function, Reply, Store, StoreError, keys},
 };
 
 /// A stored answer.
@@ -30,8 +30,10 @@ pub struct Record {
 
 /// First byte of a stored record.
 const RECORD_FORMAT: u8 = 1;
-/// Records of one tenant that a list looks through at once.
+/// Ids of a tenant's records that are read at once.
 const LIST_MAX: usize = 100;
+/// Records that one page looks at, whether it wants them or not.
+const LOOKED_MAX: usize = 500;
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -56,6 +58,15 @@ impl Default for Retention {
     }
 }
 
+/// A page of a list.
+#[derive(Clone, Debug)]
+pub struct Listed<T> {
+    pub found: Vec<T>,
+    /// The last record that was looked at: the next page begins behind it.
+    pub last: Option<String>,
+    pub has_more: bool,
+}
+
 /// By the time at which they were made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Order {
@@ -65,17 +76,17 @@ pub enum Order {
 }
 
 /// Who else has asked under the same key.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Once {
     /// Nobody: the caller runs it.
     First,
-    /// The same question, which the edge at this node runs or has run.
-    Again { request: RequestId, node: NodeId },
+    /// The same question.
+    Again,
     /// Another question.
     Other,
 }
 
-/// What was asked under an idempotency key.
+/// What was asked under an idempotency key, and by whom.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Asked {
     body_sha256: [u8; 32],
@@ -95,25 +106,30 @@ pub struct Answered {
 /// A tenant's idempotency key and the request under it, as digests.
 #[derive(Clone, Debug)]
 pub struct Key {
-    pub tenant: TenantId,
+    tenant: TenantId,
     key_sha256: String,
-    body_sha256: [u8; 32],
+    asked: Asked,
 }
 
 impl Key {
-    /// `path` and `body` are the question.
-    pub fn new(tenant: TenantId, key: &str, path: &str, body: &[u8]) -> Self {
+    /// `path` and `body` are the question; `request` would answer it, on the edge at `node`.
+    pub fn new(tenant: TenantId, key: &str, path: &str, body: &[u8], request: &RequestId, node: &NodeId) -> Self {
         let mut question = Sha256::new();
         question.update(path.as_bytes());
         question.update([0]);
         question.update(body);
         let key_sha256 = hex::encode(Sha256::digest(key.as_bytes()));
-        Self { tenant, key_sha256, body_sha256: question.finalize().into() }
+        let body_sha256 = question.finalize().into();
+        Self { tenant, key_sha256, asked: Asked { body_sha256, request: request.clone(), node: node.clone() } }
     }
 
     /// What local tables know it by.
     pub fn name(&self) -> String {
         format!("{} {}", self.tenant, self.key_sha256)
+    }
+
+    fn places(&self) -> [String; 2] {
+        [keys::idempotency(&self.tenant, &self.key_sha256), keys::idempotent_answer(&self.tenant, &self.key_sha256)]
     }
 }
 
@@ -123,7 +139,7 @@ impl Records {
     }
 
     pub async fn put(&self, tenant: &TenantId, record: &Record) -> Result<(), StoreError> {
-        let (key, list) = (keys::record(tenant, &record.id), keys::records(tenant));
+        let (key, list) = (keys::record(tenant, &record.id), keys::records(tenant, &record.kind));
         let retention = self.retention.records.as_millis() as u64;
         let expired = record.created_unix_ms.saturating_sub(retention);
         let mut commands = redis::pipe();
@@ -140,47 +156,50 @@ impl Records {
     }
 
     /// `false`: there was none.
-    pub async fn delete(&self, tenant: &TenantId, id: &str) -> Result<bool, StoreError> {
+    pub async fn delete(&self, tenant: &TenantId, kind: &str, id: &str) -> Result<bool, StoreError> {
         let deleted: u64 = self.store.query(redis::cmd("DEL").arg(keys::record(tenant, id))).await?;
-        let _: u64 = self.store.query(redis::cmd("ZREM").arg(keys::records(tenant)).arg(id)).await?;
+        let _: u64 = self.store.query(redis::cmd("ZREM").arg(keys::records(tenant, kind)).arg(id)).await?;
         Ok(deleted > 0)
     }
 
-    /// What `choose` makes of those that it wants, behind the record called `after`; at most `limit`, and whether there
-    /// are more.
+    /// What `choose` makes of the records of a kind that it wants, behind the one called `after`; at most `limit`. Looks
+    /// at so many and no more.
     pub async fn list<T>(
         &self,
         tenant: &TenantId,
+        kind: &str,
         order: Order,
         after: Option<&str>,
         limit: usize,
         choose: impl Fn(Record) -> Option<T>,
-    ) -> Result<(Vec<T>, bool), StoreError> {
+    ) -> Result<Listed<T>, StoreError> {
         let (rank, range) = match order {
             Order::OldestFirst => ("ZRANK", "ZRANGE"),
             Order::NewestFirst => ("ZREVRANK", "ZREVRANGE"),
         };
-        let list = keys::records(tenant);
+        let list = keys::records(tenant, kind);
+        let mut listed = Listed { found: Vec::new(), last: None, has_more: false };
         let mut from = 0usize;
         if let Some(after) = after {
             let rank: Option<usize> = self.store.query(redis::cmd(rank).arg(&list).arg(after)).await?;
-            let Some(rank) = rank else { return Ok((Vec::new(), false)) };
+            let Some(rank) = rank else { return Ok(listed) };
             from = rank + 1;
         }
-        let mut found = Vec::new();
+        let mut looked = 0;
         loop {
             let mut range = redis::cmd(range);
             let ids: Vec<String> = self.store.query(range.arg(&list).arg(from).arg(from + LIST_MAX - 1)).await?;
             for id in &ids {
-                if let Some(chosen) = self.get(tenant, id).await?.and_then(&choose) {
-                    if found.len() == limit {
-                        return Ok((found, true));
-                    }
-                    found.push(chosen);
+                if listed.found.len() == limit || looked == LOOKED_MAX {
+                    listed.has_more = true;
+                    return Ok(listed);
                 }
+                looked += 1;
+                listed.found.extend(self.get(tenant, id).await?.and_then(&choose));
+                listed.last = Some(id.clone());
             }
             if ids.len() < LIST_MAX {
-                return Ok((found, false));
+                return Ok(listed);
             }
             from += LIST_MAX;
         }
@@ -188,57 +207,91 @@ impl Records {
 
     // -- once -----------------------------------------------------------------------------------------------
 
-    /// Asks to run `request` under `key`.
-    pub async fn begin(&self, key: &Key, request: &RequestId, node: &NodeId) -> Result<Once, StoreError> {
-        let asked = Asked { body_sha256: key.body_sha256, request: request.clone(), node: node.clone() };
-        let mut set = redis::cmd("SET");
-        set.arg(keys::idempotency(&key.tenant, &key.key_sha256)).arg(encode(&asked)?);
-        set.arg("PX").arg(self.lease.as_millis() as u64).arg("NX").arg("GET");
-        let before: Option<Vec<u8>> = self.store.query(&set).await?;
-        let Some(before) = before else { return Ok(Once::First) };
-        let before: Asked = decode(&before)?;
-        Ok(if before.body_sha256 == key.body_sha256 {
-            Once::Again { request: before.request, node: before.node }
-        } else {
-            Once::Other
-        })
+    /// Asks to run what is under `key`.
+    pub async fn begin(&self, key: &Key) -> Result<Once, StoreError> {
+        let lease = self.lease.as_millis().to_string();
+        let mut reply = self.once(Function::OnceBegin, key, &[lease.as_bytes()]).await?;
+        match reply.word() {
+            "first" => Ok(Once::First),
+            "asked" => {
+                let before: Asked = decode(&reply.next::<Vec<u8>>("question")?)?;
+                // A question whose answer was lost on the way to us is our own.
+                if before == key.asked {
+                    return Ok(Once::First);
+                }
+                Ok(if before.body_sha256 == key.asked.body_sha256 { Once::Again } else { Once::Other })
+            }
+            _ => Err(reply.unexpected("once_begin")),
+        }
     }
 
-    /// Says that it still runs.
-    pub async fn renew(&self, key: &Key) -> Result<(), StoreError> {
-        let mut expire = redis::cmd("PEXPIRE");
-        expire.arg(keys::idempotency(&key.tenant, &key.key_sha256)).arg(self.lease.as_millis() as u64);
-        self.store.query::<u64>(&expire).await.map(drop)
+    /// Says that it still runs. `false`: somebody else has asked meanwhile.
+    pub async fn renew(&self, key: &Key) -> Result<bool, StoreError> {
+        let lease = self.lease.as_millis().to_string();
+        let reply = self.once(Function::OnceRenew, key, &[lease.as_bytes()]).await?;
+        done(&reply, "renewed", "once_renew")
     }
 
-    /// Keeps the answer for whoever asks again.
-    pub async fn answered(&self, key: &Key, answered: &Answered) -> Result<(), StoreError> {
-        let retention = (self.retention.once.as_millis() as u64).max(1);
-        let mut commands = redis::pipe();
-        let answer = keys::idempotent_answer(&key.tenant, &key.key_sha256);
-        commands.cmd("SET").arg(answer).arg(encode(answered)?).arg("PX").arg(retention);
-        commands.cmd("PEXPIRE").arg(keys::idempotency(&key.tenant, &key.key_sha256)).arg(retention);
-        self.store.query_all(&commands).await.map(drop)
-    }
-
-    /// Whether somebody has asked under the key, not too long ago.
-    pub async fn is_asked(&self, key: &Key) -> Result<bool, StoreError> {
-        self.store.query(redis::cmd("EXISTS").arg(keys::idempotency(&key.tenant, &key.key_sha256))).await
+    /// Keeps the answer for whoever asks again. `false`: somebody else has asked meanwhile.
+    pub async fn answered(&self, key: &Key, answered: &Answered) -> Result<bool, StoreError> {
+        let retention = self.retention.once.as_millis().max(1).to_string();
+        let answer = encode(answered)?;
+        let reply = self.once(Function::OnceAnswer, key, &[&answer, retention.as_bytes()]).await?;
+        done(&reply, "answered", "once_answer")
     }
 
     /// It came to nothing: whoever asks again is the first.
     pub async fn forget(&self, key: &Key) -> Result<(), StoreError> {
-        self.store.query::<u64>(redis::cmd("DEL").arg(keys::idempotency(&key.tenant, &key.key_sha256))).await.map(drop)
+        let reply = self.once(Function::OnceForget, key, &[]).await?;
+        done(&reply, "forgotten", "once_forget").map(drop)
+    }
+
+    async fn once(&self, function: Function, key: &Key, arguments: &[&[u8]]) -> Result<Reply, StoreError> {
+        let question = encode(&key.asked)?;
+        let arguments: Vec<&[u8]> = std::iter::once(&question[..]).chain(arguments.iter().copied()).collect();
+        self.store.call(function, &key.places(), &arguments).await
+    }
+
+    /// Whether somebody has asked under the key, not too long ago.
+    pub async fn is_asked(&self, key: &Key) -> Result<bool, StoreError> {
+        self.store.query(redis::cmd("EXISTS").arg(&key.places()[0])).await
     }
 
     pub async fn answer(&self, key: &Key) -> Result<Option<Answered>, StoreError> {
-        let name = keys::idempotent_answer(&key.tenant, &key.key_sha256);
-        let stored: Option<Vec<u8>> = self.store.query(redis::cmd("GET").arg(name)).await?;
+        let stored: Option<Vec<u8>> = self.store.query(redis::cmd("GET").arg(&key.places()[1])).await?;
         stored.map(|bytes| decode(&bytes)).transpose()
+    }
+
+    // -- names ----------------------------------------------------------------------------------------------
+
+    /// Remembers what a client calls its request, for `time`.
+    pub async fn name(
+        &self,
+        tenant: &TenantId,
+        own_id: &str,
+        request: &RequestId,
+        time: Duration,
+    ) -> Result<(), StoreError> {
+        let mut set = redis::cmd("SET");
+        set.arg(keys::own_request(tenant, own_id)).arg(request.as_str()).arg("PX").arg(time.as_millis().max(1) as u64);
+        self.store.query::<String>(&set).await.map(drop)
+    }
+
+    pub async fn named(&self, tenant: &TenantId, own_id: &str) -> Result<Option<RequestId>, StoreError> {
+        let name: Option<String> = self.store.query(redis::cmd("GET").arg(keys::own_request(tenant, own_id))).await?;
+        Ok(name.map(RequestId::from))
     }
 
     pub fn lease(&self) -> Duration {
         self.lease
+    }
+}
+
+fn done(reply: &Reply, word: &str, function: &str) -> Result<bool, StoreError> {
+    match reply.word() {
+        "lost" => Ok(false),
+        other if other == word => Ok(true),
+        _ => Err(reply.unexpected(function)),
     }
 }
 

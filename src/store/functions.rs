@@ -13,6 +13,10 @@ pub(crate) enum Function {
     Renew,
     Sweep,
     Snapshot,
+    OnceBegin,
+    OnceRenew,
+    OnceAnswer,
+    OnceForget,
     QueuePublish,
     QueueClaim,
     QueueRenew,
@@ -33,6 +37,10 @@ impl Function {
             Self::Renew => "renew",
             Self::Sweep => "sweep",
             Self::Snapshot => "snapshot",
+            Self::OnceBegin => "once_begin",
+            Self::OnceRenew => "once_renew",
+            Self::OnceAnswer => "once_answer",
+            Self::OnceForget => "once_forget",
             Self::QueuePublish => "queue_publish",
             Self::QueueClaim => "queue_claim",
             Self::QueueRenew => "queue_renew",
@@ -67,7 +75,8 @@ pub(super) fn library() -> &'static Library {
             include_str!("functions/common.lua"),
             include_str!("functions/rates.lua"),
             include_str!("functions/ledger.lua"),
-            include_str!("functions/queue.lua")
+            include_str!("functions/queue.lua"),
+            include_str!("functions/records.lua")
         );
         let version = hex::encode(Sha256::digest(body.as_bytes()))[..12].to_owned();
         let source = format!("#!lua name=lightcone_{version}\nlocal VERSION = '{version}'\n{body}");

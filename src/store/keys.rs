@@ -110,9 +110,14 @@ pub(crate) fn record(tenant: &TenantId, id: &str) -> String {
     format!("lc:{{t:{tenant}}}:record:{id}")
 }
 
-/// Ids of a tenant's stored answers by the time at which they were made.
-pub(crate) fn records(tenant: &TenantId) -> String {
-    format!("lc:{{t:{tenant}}}:records")
+/// Ids of a tenant's stored answers of a kind by the time at which they were made.
+pub(crate) fn records(tenant: &TenantId, kind: &str) -> String {
+    format!("lc:{{t:{tenant}}}:records:{kind}")
+}
+
+/// The request that a tenant's client gave this name.
+pub(crate) fn own_request(tenant: &TenantId, own_id: &str) -> String {
+    format!("lc:{{t:{tenant}}}:own:{own_id}")
 }
 
 /// What was asked under an idempotency key, by the key's SHA-256.

@@ -114,6 +114,24 @@ async fn a_stream_is_taken_up_again_behind_the_last_event_that_was_heard() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_rest_of_another_answer_is_never_told_as_the_rest_of_the_first() {
+    let front = Front::start().await;
+    let body = streamed();
+    let ask = |after: &str| front.ask(&body).header("idempotency-key", "gone").header("last-event-id", after);
+    // The key is nobody's, because the first answer failed or was forgotten.
+    let answer = ask("3").send().await.expect("an answer");
+    assert_error(answer, 400, "invalid_value", Some("Last-Event-ID"), "nothing there").await;
+    front.assert_nothing_happened("nothing to take up").await;
+    let waiting = sending(ask("0"));
+    let claim = front.claim().await;
+    front.answer(&claim, &["ok"], FinishReason::Stop).await;
+    let whole = text(waiting.await.expect("a task")).await;
+    let events = whole.matches("id: ").count();
+    let beyond = text(ask(&(events + 1).to_string()).send().await.expect("an answer")).await;
+    assert!(beyond.contains("Last-Event-ID") && !beyond.contains("[DONE]"), "{beyond}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_refused_or_failed_under_a_key_may_be_asked_again() {
     let front = Front::start().await;
     let ask = |body: &Value| front.ask(body).header("idempotency-key", "again");
@@ -209,6 +227,7 @@ async fn what_is_cancelled_in_the_queue_is_free_and_ends_in_good_order() {
         assert_eq!(cancelled.status(), 200, "{own}");
         let told = text(waiting.await.expect("a task")).await;
         assert!(told.contains("\"completion_tokens\":0"), "{told}");
+        assert!(told.contains("\"finish_reason\":\"stop\""), "{told}");
         front.nothing_held().await;
         assert_eq!(front.depth().await, 0);
     }

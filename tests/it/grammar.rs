@@ -25,7 +25,7 @@ fn grammars() -> &'static Grammars {
 }
 
 fn compile(shape: &Shape) -> Result<Constraint, GrammarError> {
-    grammars().compile(&shape.grammar().expect("a shape"))
+    grammars().compile("tests", &shape.grammar().expect("a shape"))
 }
 
 fn of_text(text: TextShape) -> Shape {

@@ -25,16 +25,16 @@ use super::{
 use crate::{admission::Principal, domain::Usage};
 
 /// One way of asking.
-pub trait Dialect: Sized {
+pub trait Dialect: Sized + Send + 'static {
     /// What must be looked up before the request can be read.
-    type Before;
+    type Before: Send;
 
     /// Looks it up.
     fn before(
         body: &Body,
         state: &Arc<EdgeState>,
         principal: &Principal,
-    ) -> impl Future<Output = Result<Self::Before, ApiError>>;
+    ) -> impl Future<Output = Result<Self::Before, ApiError>> + Send;
 
     /// What its answers are stored as, where the client wants them stored.
     const KEPT_AS: Option<&'static str>;

@@ -265,7 +265,8 @@ impl Writer for ResponsesWriter {
                 }
                 PieceBody::Arguments { text, .. } => self.arguments(&text, out),
                 PieceBody::End { reason, .. } => {
-                    if self.items.is_empty() || !tokens.is_empty() {
+                    // Tokens that end a call have no text to stand beside.
+                    if matches!(self.items.last(), None | Some(Item::Message { is_done: false, .. })) {
                         self.text("", tokens, out);
                     }
                     let is_cut = reason == WireReason::Length;

@@ -218,6 +218,7 @@ mod tests {
     fn form(logprobs: bool) -> Form {
         let vocabulary = Vocabulary::of_text(["a", "b", "\u{fffd}"].map(str::to_owned).to_vec(), vec![]);
         Form {
+            has_shape: false,
             choices: 1,
             vocabulary: Arc::new(vocabulary),
             has_tools: false,

@@ -63,6 +63,7 @@ pub fn read(body: Body, bounds: Bounds) -> Result<(Request, StreamOptions), ApiE
     let store = fields.boolean("store")?.unwrap_or(false);
     let request = Request {
         ask: Ask {
+            lane: String::new(),
             prompt: Asked::Conversation(Box::new(conversation)),
             shape: Shape { text, calls },
             tokens_max,

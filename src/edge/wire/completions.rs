@@ -43,6 +43,7 @@ pub fn read(body: Body, bounds: Bounds) -> Result<(Request, StreamOptions), ApiE
     let (text, shape_param) = format::text_shape(&fields)?;
     let request = Request {
         ask: Ask {
+            lane: String::new(),
             prompt,
             shape: Shape { text, calls: Calls::default() },
             tokens_max: chat::tokens_max(&fields, context_tokens_max)?,

@@ -74,6 +74,7 @@ pub fn read(body: Body, bounds: Bounds, earlier: Earlier) -> Result<(Request, Ab
     let conversation = Conversation { tools: told, ..Conversation::new(messages) };
     let request = Request {
         ask: Ask {
+            lane: String::new(),
             prompt: Asked::Conversation(Box::new(conversation)),
             shape: Shape { text: shape, calls },
             tokens_max,

@@ -90,6 +90,7 @@ pub fn stops(fields: &Fields, vocabulary: usize) -> Result<Stops, ApiError> {
         None => Vec::new(),
     };
     Ok(Stops {
+        until: String::new(),
         strings,
         tokens: fields.tokens("stop_token_ids", STOP_TOKENS_MAX, vocabulary)?.unwrap_or_default(),
         are_shown: fields.boolean("include_stop_str_in_output")?.unwrap_or(false),

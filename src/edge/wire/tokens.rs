@@ -7,9 +7,10 @@ use crate::{
 };
 
 /// What is to be tokenised, and whether the tokens' texts are wanted.
-pub fn read_text(body: Body, messages_max: usize) -> Result<(Asked, bool), ApiError> {
+/// With the names of what has no effect.
+pub fn read_text(body: Body, messages_max: usize) -> Result<(Asked, bool, Vec<String>), ApiError> {
     let Body { map } = body;
-    fields::check(&map, fields::TOKENIZE)?;
+    let mut ignored = fields::check(&map, fields::TOKENIZE)?;
     let fields = Fields::root(&map);
     let wants_texts = fields.boolean("return_token_strs")?.unwrap_or(false);
     let text = fields.text("prompt", usize::MAX)?;
@@ -18,19 +19,22 @@ pub fn read_text(body: Body, messages_max: usize) -> Result<(Asked, bool), ApiEr
     let has_bos = fields.boolean("add_special_tokens")?.unwrap_or(false);
     let variables = fields.map("chat_template_kwargs")?.cloned().unwrap_or_default();
     if fields.given("messages").is_none() {
-        return Ok((Asked::Text(fields.required("prompt", text)?.to_owned()), wants_texts));
+        if has_bos {
+            ignored.push("add_special_tokens".to_owned());
+        }
+        return Ok((Asked::Text(fields.required("prompt", text)?.to_owned()), wants_texts, ignored));
     }
-    let messages = messages(&fields, messages_max, &mut Vec::new())?;
+    let messages = messages(&fields, messages_max, &mut ignored)?;
     let mut conversation = Conversation::new(messages);
     (conversation.continues_last, conversation.begins_answer) = (continues_last, begins_answer);
     (conversation.has_bos, conversation.variables) = (has_bos, variables);
-    Ok((Asked::Conversation(Box::new(conversation)), wants_texts))
+    Ok((Asked::Conversation(Box::new(conversation)), wants_texts, ignored))
 }
 
-pub fn read_tokens(body: Body, vocabulary: usize) -> Result<Vec<u32>, ApiError> {
+pub fn read_tokens(body: Body, vocabulary: usize) -> Result<(Vec<u32>, Vec<String>), ApiError> {
     let Body { map } = body;
-    fields::check(&map, fields::DETOKENIZE)?;
+    let ignored = fields::check(&map, fields::DETOKENIZE)?;
     let fields = Fields::root(&map);
     let tokens = fields.tokens("tokens", usize::MAX, vocabulary)?;
-    fields.required("tokens", tokens)
+    Ok((fields.required("tokens", tokens)?, ignored))
 }

@@ -146,7 +146,7 @@ fn prompt(seed: u64, count: usize) -> Vec<u32> {
 fn expected(request: &EngineRequest) -> (String, FinishReason, u32) {
     let vocabulary = vocabulary();
     let (mut tokens, mut said) = (request.prompt.clone(), String::new());
-    let mut text = TextAssembler::new(request.stops.strings.clone(), request.stops.are_shown);
+    let mut text = TextAssembler::new(request.stops.strings.clone(), request.stops.are_shown, String::new());
     let mut scratch = sampler::Scratch::default();
     loop {
         let token = sampler::sample(&wished(request, &tokens), &request.sampling, tokens.len(), &mut scratch);

@@ -50,9 +50,13 @@ local function rate_add(key, name, bucket, amount)
 end
 
 -- In how many ms the window is empty, if nothing more comes.
-local function rate_reset(now, sum, bucket)
+local function rate_reset(key, name, now, sum, bucket)
   if sum <= 0 then
     return 0
+  end
+  local oldest = bucket - BUCKETS
+  while bucket > oldest and tonumber(redis.call('HGET', key, name .. ':' .. whole(bucket)) or '0') <= 0 do
+    bucket = bucket - 1
   end
   return (bucket + BUCKETS + 1) * BUCKET_MS - now
 end
@@ -89,7 +93,7 @@ local function rate_take(key, request, requests_max, tokens_max, tokens)
         end
       end
       told[#told + 1] = math.max(0, limit - sums[index])
-      told[#told + 1] = rate_reset(now, sums[index], buckets[index])
+      told[#told + 1] = rate_reset(key, name, now, sums[index], buckets[index])
     else
       told[#told + 1] = 0
       told[#told + 1] = 0
