@@ -26,6 +26,8 @@ UNSAID = [
     ("invalid_value", r"messages"),
     # A header that goes with another, and a key that was used before.
     ("missing_required_parameter|idempotency_key_reused", r"Idempotency-Key"),
+    # An event that is not there to go on behind.
+    ("invalid_value", r"Last-Event-ID"),
 ]
 
 
