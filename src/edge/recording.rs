@@ -199,22 +199,22 @@ impl Recording {
     /// all.
     fn since(&self, after: usize) -> (Bytes, usize, bool) {
         let inner = self.inner.lock();
-        let is_over = inner.outcome.is_some();
-        if after > inner.events.len() && is_over {
-            return (event_of(&ApiError::nothing_to_resume()), after, true);
+        let (known, is_over) = (inner.events.len(), inner.outcome.is_some());
+        if after >= known {
+            // Nothing yet, or nothing more: the client may be ahead of what has been heard so far.
+            let bytes = match &inner.outcome {
+                // A stream that was cut off has said so itself.
+                Some(Err(error)) if known == 0 => event_of(error),
+                Some(_) if after > known => event_of(&ApiError::nothing_to_resume()),
+                _ => Bytes::new(),
+            };
+            return (bytes, after, is_over);
         }
-        let start = |event: usize| if event == 0 { 0 } else { inner.events[event - 1] };
-        let from = start(after.min(inner.events.len()));
-        let rest = inner.events.get(after..).unwrap_or_default();
-        let fits = rest.iter().take_while(|end| **end - from <= PIECE_BYTES_MAX).count().max(rest.len().min(1));
-        let (until, count) = (start(after + fits).max(from), after + fits);
-        let mut bytes = BytesMut::from(&inner.body[from..if fits == 0 { from } else { until }]);
-        let is_all = is_over && count >= inner.events.len();
-        // A stream that was cut off has said so itself.
-        if let (Some(Err(error)), true) = (&inner.outcome, inner.events.is_empty()) {
-            bytes.extend_from_slice(&event_of(error));
-        }
-        (bytes.freeze(), count, is_all)
+        let from = if after == 0 { 0 } else { inner.events[after - 1] };
+        let rest = &inner.events[after..];
+        let fits = rest.iter().take_while(|end| **end - from <= PIECE_BYTES_MAX).count().max(1);
+        let bytes = Bytes::copy_from_slice(&inner.body[from..rest[fits - 1]]);
+        (bytes, after + fits, is_over && after + fits == known)
     }
 }
 

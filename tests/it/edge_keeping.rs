@@ -96,12 +96,17 @@ async fn a_stream_is_taken_up_again_behind_the_last_event_that_was_heard() {
     drop(broken);
     let last = begun.lines().filter_map(|line| line.strip_prefix("id: ")).next_back().expect("an id").to_owned();
     let again = sending(ask().header("last-event-id", &last));
+    // Ahead of what there is so far: the last event of all.
+    let ahead = sending(ask().header("last-event-id", "5"));
+    let mut ahead = ahead.await.expect("a task");
     let _ = front.deliver(&claim, 2, vec![EventBody::text(" there", 1)]);
     finish(&front, &claim, 3, FinishReason::Stop).await;
     let rest = text(again.await.expect("a task")).await;
     assert!(!rest.contains("\"Hi\"") && rest.contains(" there") && rest.ends_with("data: [DONE]\n\n"), "{rest}");
     let whole = text(ask().send().await.expect("an answer")).await;
     assert_eq!(format!("{begun}{rest}"), whole);
+    let last = heard(&mut ahead, "[DONE]").await;
+    assert!(whole.ends_with(&last) && last.starts_with("id: 6"), "{last}");
     // From every event on, out of the store too.
     let events: Vec<&str> = whole.split_inclusive("\n\n").collect();
     for heard in 0..=events.len() {
