@@ -130,6 +130,25 @@ async fn a_stream_is_cancelled_from_another_edge_and_ends_with_what_was_used() {
     assert!((1..400).contains(&tokens), "{usage}");
     assert_eq!(split.charged(), usage["prompt_tokens"].as_i64().expect("a number") * 200 + tokens * 300);
     assert_eq!(cancel(id).await, 404);
+    // By the name that its client gave it.
+    let body = serde_json::json!({
+        "messages": [{ "role": "user", "content": "slowly <<slow:20>>" }], "max_tokens": 400, "ignore_eos": true,
+        "request_id": "cmpl-7",
+    });
+    let request = http.post(format!("{}/v1/chat/completions", split.edge.url)).bearer_auth(&split.key);
+    let request = request.header("content-type", "application/json").body(body.to_string());
+    let waiting = tokio::spawn(async move { request.send().await.expect("an answer").text().await.expect("a body") });
+    let mut status = 404;
+    for _ in 0..200 {
+        status = cancel("chatcmpl-cmpl-7".to_owned()).await;
+        if status == 200 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    assert_eq!(status, 200);
+    let told = waiting.await.expect("a task");
+    assert!(told.contains("\"finish_reason\":\"stop\""), "{told}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -25,5 +25,6 @@ mod store_money;
 mod store_outage;
 mod store_queue;
 mod store_rates;
+mod store_records;
 mod store_verify;
 mod tidy;
