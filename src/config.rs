@@ -15,7 +15,7 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::domain::{ModelId, MoneyError, NanoUsd, Price, PriceBook};
+use crate::domain::{ModelId, MoneyError, NanoUsd, Price, PriceList};
 
 pub use load::{ConfigFault, ConfigFaults, Overrides};
 
@@ -31,6 +31,8 @@ pub struct Config {
     pub queue: Queue,
     pub ledger: Ledger,
     pub limits: Limits,
+    #[serde(default)]
+    pub tiers: BTreeMap<String, Limits>,
     pub relay: Relay,
     pub engine: Engine,
     pub models: BTreeMap<ModelId, Model>,
@@ -113,15 +115,21 @@ pub struct Queue {
 pub struct Ledger {
     pub hold_lease_ms: u64,
     pub sweep_ms: u64,
+    pub step_tokens: u32,
     pub bootstrap_balance_usd: String,
 }
 
-/// What every tenant may do.
+/// What tenants of one tier may do.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
     pub requests_per_minute: u64,
     pub tokens_per_minute: u64,
+    pub requests_per_day: u64,
+    pub tokens_per_day: u64,
+    pub requests_at_once: u64,
+    pub spend_usd_per_day: String,
+    pub spend_usd_per_month: String,
     pub service_tier_max: ServiceTier,
 }
 
@@ -192,6 +200,8 @@ pub struct Model {
     pub kv_memory_mib: usize,
     pub input_usd_per_million: String,
     pub output_usd_per_million: String,
+    pub cached_input_usd_per_million: String,
+    pub free: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -209,6 +219,10 @@ pub enum PriceFault {
     Inexact(String),
     #[error("a price cannot be negative")]
     Negative,
+    #[error("a price of zero gives the model away; say `free = true` if that is meant")]
+    Zero,
+    #[error("a cached prompt token cannot cost more than another one")]
+    CachedAboveInput,
 }
 
 impl Engine {
@@ -220,19 +234,38 @@ impl Engine {
 
 impl Model {
     pub fn price(&self) -> Result<Price, PriceFault> {
-        Ok(Price {
-            input: nano_per_token(&self.input_usd_per_million)?,
-            output: nano_per_token(&self.output_usd_per_million)?,
-        })
+        let input = nano_per_token(&self.input_usd_per_million)?;
+        let output = nano_per_token(&self.output_usd_per_million)?;
+        let cached_input = match self.cached_input_usd_per_million.as_str() {
+            "" => input,
+            text => nano_per_token(text)?,
+        };
+        check_price(Price { input, output, cached_input }, self.free)
     }
 }
 
+/// A price that may be charged.
+pub fn check_price(price: Price, is_free: bool) -> Result<Price, PriceFault> {
+    let Price { input, output, cached_input } = price;
+    if [input, output, cached_input].into_iter().any(|price| price < NanoUsd::ZERO) {
+        return Err(PriceFault::Negative);
+    }
+    if cached_input > input {
+        return Err(PriceFault::CachedAboveInput);
+    }
+    // Cached prompt tokens may well be free.
+    if !is_free && (input == NanoUsd::ZERO || output == NanoUsd::ZERO) {
+        return Err(PriceFault::Zero);
+    }
+    Ok(price)
+}
+
 impl Config {
-    /// The prices in force.
-    pub fn price_book(&self) -> Result<PriceBook, PriceFault> {
+    /// The prices that this configuration states, which hold until others are published.
+    pub fn price_list(&self) -> Result<PriceList, PriceFault> {
         let price = |(id, model): (&ModelId, &Model)| Ok((id.clone(), model.price()?));
         let prices = self.models.iter().map(price).collect::<Result<_, PriceFault>>()?;
-        Ok(PriceBook { version: self.prices.version.clone(), prices })
+        Ok(PriceList { version: self.prices.version.clone(), from_unix_ms: 0, prices })
     }
 }
 
@@ -251,7 +284,8 @@ fn cpus(text: &str) -> Option<BTreeSet<usize>> {
     Some(set)
 }
 
-fn nano_per_token(usd_per_million: &str) -> Result<NanoUsd, PriceFault> {
+/// Of dollars per million tokens.
+pub fn nano_per_token(usd_per_million: &str) -> Result<NanoUsd, PriceFault> {
     let nano = usd_per_million.parse::<NanoUsd>()?.nano();
     if nano < 0 {
         return Err(PriceFault::Negative);

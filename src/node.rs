@@ -25,13 +25,13 @@ pub use models::start_runtime;
 pub use wait::shutdown_signal;
 
 use crate::{
-    admission::{Admission, RateLimits},
+    admission::{Admission, LimitKind, Limits, Tier, Tiers},
     cluster::{Cluster, ClusterContext, ClusterError, PoolStatus},
     config::{self, AppendFsync, Config, PriceFault, Role, ServiceTier},
     domain::{ModelId, NanoUsd, NodeId, Priority},
     edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
     engine::EngineError,
-    ledger::Ledger,
+    ledger::{Ledger, Prices},
     operator::{Accounts, Bootstrap, OperatorError},
     queue::{
         Outlet, Queue, QueueLimits, ReplyHub,
@@ -256,17 +256,15 @@ impl Node {
         queue: Queue,
     ) -> Result<EdgeHandle, NodeError> {
         let config = &self.config;
-        let book = config.price_book()?;
-        let served =
-            |(id, model): (&ModelId, &crate::config::Model)| Ok((id.clone(), ServedModel::new(model, model.price()?)));
         let spec = EdgeSpec {
             settings: config.edge.clone(),
-            models: config.models.iter().map(served).collect::<Result<_, PriceFault>>()?,
+            models: config.models.iter().map(|(id, model)| (id.clone(), ServedModel::new(model))).collect(),
             prompts: models.prompts(config)?,
-            price_version: book.version,
+            prices: Prices::new(store.clone(), config.price_list()?),
             wait_max: Duration::from_millis(config.queue.wait_ms_max),
-            admission: Admission::new(store.clone(), ledger.hold_lease()).with_limits(limits(&config.limits)),
-            priority_max: priority_max(&config.limits),
+            admission: Admission::new(store.clone(), ledger.hold_lease())
+                .with_tiers(tiers(config)?)
+                .with_step(config.ledger.step_tokens),
             records: Records::new(store.clone(), retention(&config.edge), ledger.hold_lease()),
             ledger,
             queue,
@@ -279,16 +277,32 @@ impl Node {
     }
 }
 
-fn limits(limits: &config::Limits) -> RateLimits {
-    RateLimits { requests_per_minute: limits.requests_per_minute, tokens_per_minute: limits.tokens_per_minute }
+/// The configured sets of limits.
+pub fn tiers(config: &Config) -> Result<Tiers, NodeError> {
+    let named = config.tiers.iter().map(|(name, limits)| Ok((name.clone(), tier(limits)?)));
+    Ok(Tiers { standard: tier(&config.limits)?, named: named.collect::<Result<_, NodeError>>()? })
 }
 
-fn priority_max(limits: &config::Limits) -> Priority {
-    match limits.service_tier_max {
+fn tier(limits: &config::Limits) -> Result<Tier, NodeError> {
+    let priority_max = match limits.service_tier_max {
         ServiceTier::Flex => Priority::Low,
         ServiceTier::Default => Priority::Normal,
         ServiceTier::Priority => Priority::High,
-    }
+    };
+    let limits = [
+        (LimitKind::RequestsPerMinute, limits.requests_per_minute),
+        (LimitKind::TokensPerMinute, limits.tokens_per_minute),
+        (LimitKind::RequestsPerDay, limits.requests_per_day),
+        (LimitKind::TokensPerDay, limits.tokens_per_day),
+        (LimitKind::RequestsAtOnce, limits.requests_at_once),
+        (LimitKind::SpendPerDay, spend(&limits.spend_usd_per_day)?),
+        (LimitKind::SpendPerMonth, spend(&limits.spend_usd_per_month)?),
+    ];
+    Ok(Tier { limits: limits.into_iter().collect::<Limits>(), priority_max })
+}
+
+fn spend(usd: &str) -> Result<u64, NodeError> {
+    Ok(u64::try_from(usd.parse::<NanoUsd>()?.nano()).unwrap_or(0))
 }
 
 /// The embedded store has no other users than the node that holds the data folder's lock: whatever was under

@@ -1,10 +1,16 @@
-use std::{collections::HashMap, fmt, str::FromStr};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
+    str::FromStr,
+    sync::Arc,
+};
 
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
+use super::limits::{LimitKind, Limits};
 use crate::{
-    domain::{KeyId, TenantId},
+    domain::{KeyId, ModelId, TenantId},
     store::{Store, StoreError, keys},
 };
 
@@ -125,43 +131,117 @@ pub struct KeyRecord {
     pub id: KeyId,
     pub tenant: TenantId,
     pub label: String,
+    /// Whatever else its owner wants to know of it.
+    pub labels: BTreeMap<String, String>,
     /// First characters of the secret, to tell keys apart.
     pub prefix: String,
     pub scopes: Scopes,
+    /// The models that it may ask; nothing is all of them.
+    pub models: Option<Arc<BTreeSet<ModelId>>>,
+    /// Its own, beside those of its tenant.
+    pub limits: Limits,
     pub status: KeyStatus,
     pub created_unix_ms: u64,
+    pub expires_unix_ms: Option<u64>,
+    pub rotated_unix_ms: Option<u64>,
     pub revoked_unix_ms: Option<u64>,
 }
 
-pub(crate) async fn load(store: &Store, hash: &SecretHash) -> Result<Option<KeyRecord>, StoreError> {
-    load_by_hex(store, &hash.to_hex()).await
+impl KeyRecord {
+    /// As the store has it.
+    pub(crate) fn fields(&self) -> Vec<(String, String)> {
+        let time = |time: Option<u64>| time.map(|ms| ms.to_string()).unwrap_or_default();
+        let mut fields: Vec<(String, String)> = [
+            ("id", self.id.to_string()),
+            ("tenant", self.tenant.to_string()),
+            ("label", self.label.clone()),
+            ("labels", json(&self.labels)),
+            ("prefix", self.prefix.clone()),
+            ("scopes", self.scopes.to_string()),
+            ("models", self.models.as_ref().map(|models| json(&**models)).unwrap_or_default()),
+            ("status", self.status.as_str().to_owned()),
+            ("created", self.created_unix_ms.to_string()),
+            ("expires", time(self.expires_unix_ms)),
+            ("rotated", time(self.rotated_unix_ms)),
+            ("revoked", time(self.revoked_unix_ms)),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into();
+        fields.extend(self.limits.iter().map(|(kind, value)| (kind.field(), value.to_string())));
+        fields.retain(|(_, value)| !value.is_empty());
+        fields
+    }
 }
 
-pub(crate) async fn load_by_hex(store: &Store, secret_sha256: &str) -> Result<Option<KeyRecord>, StoreError> {
-    let fields: HashMap<String, String> = store.query(redis::cmd("HGETALL").arg(keys::api_key(secret_sha256))).await?;
+fn json<T: Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("texts serialise")
+}
+
+/// The limits among the fields of a key's record or of an account.
+pub(crate) fn limits_in(fields: &HashMap<String, String>) -> Result<Limits, String> {
+    let limit = |kind: LimitKind| {
+        let text = fields.get(&kind.field())?;
+        Some(text.parse().map(|value| (kind, value)).map_err(|_| format!("`{text}` is no limit")))
+    };
+    LimitKind::ALL.into_iter().filter_map(limit).collect()
+}
+
+/// The key that a secret is of, and from when on it no longer is.
+pub(crate) struct Secret {
+    pub tenant: TenantId,
+    pub key: KeyId,
+    pub until_unix_ms: Option<u64>,
+}
+
+pub(crate) async fn secret(store: &Store, hash: &SecretHash) -> Result<Option<Secret>, StoreError> {
+    let fields: HashMap<String, String> =
+        store.query(redis::cmd("HGETALL").arg(keys::secret(&hash.to_hex()))).await?;
+    if fields.is_empty() {
+        return Ok(None);
+    }
+    let damaged = |what: &str| StoreError::Damaged(format!("the record of a secret lacks {what}"));
+    let text = |name: &str| fields.get(name).map(String::as_str).ok_or_else(|| damaged(name));
+    let until = fields.get("until").map(|text| text.parse().map_err(|_| damaged("a sound `until`"))).transpose()?;
+    Ok(Some(Secret { tenant: text("tenant")?.into(), key: text("key")?.into(), until_unix_ms: until }))
+}
+
+pub(crate) async fn load(store: &Store, tenant: &TenantId, key: &KeyId) -> Result<Option<KeyRecord>, StoreError> {
+    let fields: HashMap<String, String> = store.query(redis::cmd("HGETALL").arg(keys::api_key(tenant, key))).await?;
+    read(&fields)
+}
+
+pub(crate) fn read(fields: &HashMap<String, String>) -> Result<Option<KeyRecord>, StoreError> {
     if fields.is_empty() {
         return Ok(None);
     }
     // A record that lacks anything opens no door.
-    parse(&fields).map(Some).map_err(|fault| StoreError::Damaged(format!("API key record: {fault}")))
+    parse(fields).map(Some).map_err(|fault| StoreError::Damaged(format!("API key record: {fault}")))
 }
 
 fn parse(fields: &HashMap<String, String>) -> Result<KeyRecord, String> {
     let text = |name: &str| fields.get(name).map(String::as_str).ok_or_else(|| format!("`{name}` is missing"));
     let time = |text: &str| text.parse().map_err(|_| format!("`{text}` is no time"));
+    let maybe_time = |name: &str| fields.get(name).map(|text| time(text)).transpose();
+    let odd = |name: &str, error: serde_json::Error| format!("`{name}` cannot be read: {error}");
+    let models = fields.get("models").map(|text| serde_json::from_str(text).map_err(|error| odd("models", error)));
     Ok(KeyRecord {
         id: text("id")?.into(),
         tenant: text("tenant")?.into(),
         label: text("label")?.to_owned(),
+        labels: serde_json::from_str(text("labels")?).map_err(|error| odd("labels", error))?,
         prefix: text("prefix")?.to_owned(),
         scopes: text("scopes")?.parse()?,
+        models: models.transpose()?.map(Arc::new),
+        limits: limits_in(fields)?,
         status: match text("status")? {
             "active" => KeyStatus::Active,
             "revoked" => KeyStatus::Revoked,
             other => return Err(format!("`{other}` is no status")),
         },
         created_unix_ms: time(text("created")?)?,
-        revoked_unix_ms: fields.get("revoked").map(|text| time(text)).transpose()?,
+        expires_unix_ms: maybe_time("expires")?,
+        rotated_unix_ms: maybe_time("rotated")?,
+        revoked_unix_ms: maybe_time("revoked")?,
     })
 }
 
@@ -193,6 +273,7 @@ mod tests {
             ("id", "key_1"),
             ("tenant", "ten_1"),
             ("label", ""),
+            ("labels", "{}"),
             ("prefix", "sk_abc"),
             ("scopes", "chat"),
             ("status", "active"),

@@ -48,11 +48,16 @@ mod tests {
     use super::*;
     use crate::admission::Scopes;
 
+    fn principal() -> Principal {
+        let (tenant, key, scopes) = ("ten_1".into(), "key_1".into(), Scopes::default());
+        Principal { tenant, key, scopes, tier: String::new(), models: None }
+    }
+
     #[test]
     fn an_answer_about_a_key_is_believed_for_half_a_second() {
         let cache = KeyCache::default();
         let hash = SecretHash::of("sk_1").unwrap();
-        let principal = Principal { tenant: "ten_1".into(), key: "key_1".into(), scopes: Scopes::default() };
+        let principal = principal();
         let asked = Instant::now();
         cache.put(hash, asked, principal.clone());
         assert_eq!(cache.get(&hash, asked + Duration::from_millis(499)), Some(principal));
@@ -62,7 +67,7 @@ mod tests {
     #[test]
     fn the_cache_is_bounded() {
         let cache = KeyCache::default();
-        let principal = Principal { tenant: "ten_1".into(), key: "key_1".into(), scopes: Scopes::default() };
+        let principal = principal();
         let asked = Instant::now();
         for index in 0..=KEYS_MAX {
             cache.put(SecretHash::of(&format!("sk_{index}")).unwrap(), asked, principal.clone());

@@ -6,15 +6,20 @@
 
 pub(crate) mod key;
 mod key_cache;
-mod rates;
+mod limits;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
-pub use rates::{Rate, RateKind, RateLimits, Rates};
+pub(crate) use key::limits_in;
+pub use limits::{LIMIT_MAX, LimitKind, Limits, Party, Rate, Rates, Tier, Tiers};
 
 use crate::{
-    domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage},
+    domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, Priority, RequestId, TenantId},
     store::{Function, Reply, Store, StoreError, keys},
 };
 use key_cache::KeyCache;
@@ -25,11 +30,19 @@ pub struct Principal {
     pub tenant: TenantId,
     pub key: KeyId,
     pub scopes: Scopes,
+    /// Which of the configured sets of limits its tenant has.
+    pub tier: String,
+    /// The models that the key may ask; nothing is all of them.
+    pub models: Option<Arc<BTreeSet<ModelId>>>,
 }
 
 impl Principal {
     pub fn may(&self, scope: Scope) -> bool {
         self.scopes.contains(scope)
+    }
+
+    pub fn may_ask(&self, model: &ModelId) -> bool {
+        self.models.as_ref().is_none_or(|models| models.contains(model))
     }
 }
 
@@ -39,6 +52,10 @@ pub enum AuthError {
     Unknown,
     #[error("API key {0} has been revoked")]
     Revoked(KeyId),
+    #[error("API key {0} has expired, or this secret of it was replaced")]
+    Expired(KeyId),
+    #[error("tenant {0} is suspended")]
+    Suspended(TenantId),
     #[error(transparent)]
     Store(#[from] StoreError),
 }
@@ -48,8 +65,14 @@ pub enum AdmitError {
     #[error("the balance of {balance} does not cover the {needed} that the request may cost")]
     InsufficientBalance { balance: NanoUsd, needed: NanoUsd },
     /// `wait_ms`: until it fits if nothing else comes; nothing where it never does.
-    #[error("the limit of {} per minute is in the way", kind.as_str())]
-    RateLimited { kind: RateKind, wait_ms: Option<u64>, rates: Rates },
+    #[error("the limit of {limit} {kind} is in the way")]
+    Limited { kind: LimitKind, of: Party, limit: u64, wait_ms: Option<u64>, rates: Rates },
+    #[error("tenant {0} is suspended")]
+    Suspended(TenantId),
+    #[error("API key {0} has ended")]
+    KeyEnded(KeyId),
+    #[error("there is no tier `{0}` in this node's configuration")]
+    UnknownTier(String),
     #[error("request {0} has been admitted before")]
     Repeated(RequestId),
     #[error("there is no tenant {0}")]
@@ -68,7 +91,9 @@ pub struct Ask {
     pub price: Price,
     pub price_version: String,
     pub prompt_tokens: u32,
+    /// Of all choices together.
     pub output_tokens_max: u32,
+    pub choices: u32,
 }
 
 /// A request whose money is on hold. It must be settled or released; should its process die, the hold
@@ -80,6 +105,7 @@ pub struct AdmittedRequest {
     tenant: TenantId,
     key: KeyId,
     hold: NanoUsd,
+    allowed_tokens: u32,
     rates: Rates,
 }
 
@@ -121,9 +147,15 @@ impl AdmittedRequest {
         self.rates
     }
 
-    /// Set aside: the prompt plus the most that may be put out.
+    /// Set aside: the prompt and the first tokens that may be put out.
     pub fn hold(&self) -> NanoUsd {
         self.hold
+    }
+
+    /// The output tokens that the hold pays for, of all choices together; at least one for each. For more, it must be
+    /// extended.
+    pub fn allowed_tokens(&self) -> u32 {
+        self.allowed_tokens
     }
 }
 
@@ -132,18 +164,34 @@ pub struct Admission {
     store: Store,
     hold_lease: Duration,
     keys: Arc<KeyCache>,
-    limits: RateLimits,
+    tiers: Arc<Tiers>,
+    step_tokens: u32,
 }
 
 impl Admission {
-    /// `hold_lease`: how long a hold lasts until its first renewal is due.
+    /// `hold_lease`: how long a hold lasts until its first renewal is due. Holds pay for all that was asked for, and
+    /// nothing is limited.
     pub fn new(store: Store, hold_lease: Duration) -> Self {
-        Self { store, hold_lease, keys: Arc::default(), limits: RateLimits::default() }
+        Self { store, hold_lease, keys: Arc::default(), tiers: Arc::default(), step_tokens: 0 }
     }
 
-    /// The same with limits on what a tenant may ask for.
-    pub fn with_limits(self, limits: RateLimits) -> Self {
-        Self { limits, ..self }
+    /// The same with limits on what tenants may ask for.
+    pub fn with_tiers(self, tiers: Tiers) -> Self {
+        Self { tiers: Arc::new(tiers), ..self }
+    }
+
+    /// The same with holds that pay for so many output tokens at first; 0 is all of them.
+    pub fn with_step(self, step_tokens: u32) -> Self {
+        Self { step_tokens, ..self }
+    }
+
+    /// The highest class that a tenant's requests get.
+    pub fn priority_max(&self, principal: &Principal) -> Priority {
+        self.tiers.get(&principal.tier).map_or(Priority::Low, |tier| tier.priority_max)
+    }
+
+    pub fn tiers(&self) -> &Tiers {
+        &self.tiers
     }
 
     /// Whose key this is. Asks the store unless it was asked about the same key a moment ago.
@@ -154,64 +202,120 @@ impl Admission {
         if let Some(principal) = self.keys.get(&hash, asked) {
             return Ok(principal);
         }
-        let record = key::load(&self.store, &hash).await?.ok_or(AuthError::Unknown)?;
-        match record.status {
-            KeyStatus::Revoked => Err(AuthError::Revoked(record.id)),
-            KeyStatus::Active => {
-                let principal = Principal { tenant: record.tenant, key: record.id, scopes: record.scopes };
+        let secret = key::secret(&self.store, &hash).await?.ok_or(AuthError::Unknown)?;
+        let mut question = redis::pipe();
+        question.cmd("HGETALL").arg(keys::api_key(&secret.tenant, &secret.key));
+        question.cmd("HMGET").arg(keys::account(&secret.tenant)).arg("status").arg("tier");
+        question.cmd("TIME");
+        let answers = self.store.query_all(&question).await?;
+        let (record, account, (seconds, micros)) = read_answers(answers)?;
+        let record = key::read(&record)?.ok_or(AuthError::Unknown)?;
+        let now = seconds * 1000 + micros / 1000;
+        let is_over = |end: Option<u64>| end.is_some_and(|end| end <= now);
+        if record.status == KeyStatus::Revoked {
+            return Err(AuthError::Revoked(record.id));
+        }
+        if is_over(record.expires_unix_ms) || is_over(secret.until_unix_ms) {
+            return Err(AuthError::Expired(record.id));
+        }
+        match account {
+            (Some(status), Some(tier)) if status == "active" => {
+                let KeyRecord { tenant, id, scopes, models, .. } = record;
+                let principal = Principal { tenant, key: id, scopes, tier, models };
                 self.keys.put(hash, asked, principal.clone());
                 Ok(principal)
+            }
+            (Some(_), Some(_)) => Err(AuthError::Suspended(record.tenant)),
+            _ => Err(AuthError::Unknown),
+        }
+    }
+
+    /// Puts the price of the prompt and of the first tokens of the answer on hold, or changes nothing.
+    pub async fn admit(&self, principal: &Principal, ask: Ask) -> Result<AdmittedRequest, AdmitError> {
+        let mut tier = principal.tier.clone();
+        loop {
+            match self.hold(principal, &ask, &tier).await? {
+                // Was given another tier since its key was looked up.
+                Held::OtherTier(other) if other != tier => tier = other,
+                Held::OtherTier(other) => return Err(AdmitError::UnknownTier(other)),
+                Held::Done { hold, allowed_tokens, rates } => {
+                    let (tenant, key) = (principal.tenant.clone(), principal.key.clone());
+                    return Ok(AdmittedRequest { ask, tenant, key, hold, allowed_tokens, rates });
+                }
             }
         }
     }
 
-    /// Puts the most that the request may cost on hold, or changes nothing.
-    pub async fn admit(&self, principal: &Principal, ask: Ask) -> Result<AdmittedRequest, AdmitError> {
-        let most =
-            Usage { prompt_tokens: ask.prompt_tokens, completion_tokens: ask.output_tokens_max, cached_tokens: 0 };
-        let hold = ask.price.cost(&most)?;
+    async fn hold(&self, principal: &Principal, ask: &Ask, tier_name: &str) -> Result<Held, AdmitError> {
+        let (tenant, key) = (&principal.tenant, &principal.key);
+        let tier = self.tiers.get(tier_name).ok_or_else(|| AdmitError::UnknownTier(tier_name.to_owned()))?;
+        let step = if self.step_tokens == 0 { u32::MAX } else { self.step_tokens };
+        let choices = ask.choices.min(ask.output_tokens_max);
+        let wanted = step.max(choices).min(ask.output_tokens_max);
         let numbers = [
-            hold.nano().to_string(),
             self.hold_lease.as_millis().to_string(),
-            most.prompt_tokens.to_string(),
-            most.completion_tokens.to_string(),
+            ask.prompt_tokens.to_string(),
+            wanted.to_string(),
+            ask.output_tokens_max.to_string(),
+            choices.to_string(),
             ask.price.input.nano().to_string(),
             ask.price.output.nano().to_string(),
-            self.limits.requests_per_minute.to_string(),
-            self.limits.tokens_per_minute.to_string(),
+            ask.price.cached_input.nano().to_string(),
         ];
-        let [amount, lease, prompt, completion, input, output, requests_max, tokens_max] = &numbers;
-        let (tenant, key) = (&principal.tenant, &principal.key);
-        let arguments = [
-            tenant.as_str(),
-            ask.request.as_str(),
-            amount,
-            lease,
-            key.as_str(),
-            ask.model.as_str(),
-            prompt,
-            completion,
-            input,
-            output,
-            &ask.price_version,
-            requests_max,
-            tokens_max,
-        ]
-        .map(str::as_bytes);
+        let [lease, prompt, wanted_text, output_max, choices_text, input, output, cached_input] = &numbers;
+        let limits = tier.limits.arguments();
+        let mut arguments = vec![
+            tenant.as_str().as_bytes(),
+            ask.request.as_str().as_bytes(),
+            lease.as_bytes(),
+            key.as_str().as_bytes(),
+            ask.model.as_str().as_bytes(),
+            prompt.as_bytes(),
+            wanted_text.as_bytes(),
+            output_max.as_bytes(),
+            choices_text.as_bytes(),
+            input.as_bytes(),
+            output.as_bytes(),
+            cached_input.as_bytes(),
+            ask.price_version.as_bytes(),
+            tier_name.as_bytes(),
+        ];
+        arguments.extend(limits.iter().map(String::as_bytes));
         let mut reply: Reply = self.store.call(Function::Hold, &keys::ledger(tenant), &arguments).await?;
         match reply.word() {
             "held" => {
-                let rates = self.limits.told(&mut reply)?;
-                Ok(AdmittedRequest { ask, tenant: tenant.clone(), key: key.clone(), hold, rates })
+                let hold = NanoUsd::new(reply.next("hold")?);
+                let allowed_tokens = reply.next("tokens")?;
+                // Told again when it is extended.
+                reply.funds_end()?;
+                Ok(Held::Done { hold, allowed_tokens, rates: Rates::told(&mut reply)? })
             }
-            "rate" => Err(self.limits.refused(&mut reply)?),
+            "tier" => Ok(Held::OtherTier(reply.next("tier")?)),
+            "limit" => Err(limits::refused(&mut reply)?),
             "insufficient" => {
-                let balance: i64 = reply.next("balance")?;
-                Err(AdmitError::InsufficientBalance { balance: NanoUsd::new(balance), needed: hold })
+                let balance = NanoUsd::new(reply.next("balance")?);
+                let least = ask.price.output.checked_mul(choices.into())?;
+                let needed = ask.price.input.checked_mul(ask.prompt_tokens.into())?.checked_add(least)?;
+                Err(AdmitError::InsufficientBalance { balance, needed })
             }
-            "repeated" => Err(AdmitError::Repeated(ask.request)),
+            "overflow" => Err(MoneyError::Overflow.into()),
+            "suspended" => Err(AdmitError::Suspended(tenant.clone())),
+            "key_ended" => Err(AdmitError::KeyEnded(key.clone())),
+            "repeated" => Err(AdmitError::Repeated(ask.request.clone())),
             "unknown_tenant" => Err(AdmitError::UnknownTenant(tenant.clone())),
             _ => Err(reply.unexpected("hold").into()),
         }
     }
+}
+
+enum Held {
+    Done { hold: NanoUsd, allowed_tokens: u32, rates: Rates },
+    OtherTier(String),
+}
+
+type AuthAnswers = (HashMap<String, String>, (Option<String>, Option<String>), (u64, u64));
+
+fn read_answers(answers: Vec<redis::Value>) -> Result<AuthAnswers, StoreError> {
+    let damaged = |error: redis::ParsingError| StoreError::Damaged(format!("API key: {error}"));
+    redis::FromRedisValue::from_redis_value(redis::Value::Array(answers)).map_err(damaged)
 }

@@ -128,7 +128,8 @@ impl Cashier {
             usage,
             price: job.price,
             price_version: job.price_version.clone(),
-            reason,
+            reason: reason.into(),
+            digest: None,
         };
         let free =
             |message: &str| Some(EventBody::Failed { code: FailureCode::WorkerFailed, message: message.to_owned() });
@@ -150,8 +151,8 @@ impl Cashier {
                     self.acknowledge(claim, usage.completion_tokens).await;
                     return Some(EventBody::Finished { reason, usage });
                 }
-                Err(LedgerError::HoldExpired(_)) => {
-                    tracing::warn!(request = %job.request, "the hold expired before it was settled; free of charge");
+                Err(LedgerError::HoldGone(_)) => {
+                    tracing::warn!(request = %job.request, "the hold was gone before it was settled; free of charge");
                     self.acknowledge(claim, usage.completion_tokens).await;
                     return free("the request could not be settled and was not charged");
                 }

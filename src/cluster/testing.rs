@@ -12,7 +12,7 @@ pub fn claim(request: &str, edge: &str) -> Arc<Claim> {
 }
 
 pub fn job(request: &str, edge: &str) -> Job {
-    let price = Price { input: NanoUsd::new(200), output: NanoUsd::new(300) };
+    let price = Price::flat(NanoUsd::new(200), NanoUsd::new(300));
     Job {
         request: RequestId::from(request),
         tenant: TenantId::from("ten_a"),

@@ -31,18 +31,35 @@ pub enum Rule {
     /// CPU numbers and ranges of them, or empty.
     CpuSet,
     Usd,
+    /// The same, and small enough to be a limit.
+    UsdLimit,
     UsdPerMillion,
+    UsdPerMillionOrEmpty,
 }
 
 use Rule::{
     Address, CpuSet, Endpoint, Flag, Integer, LogFilter, OneOf, Origins, RedisUrl, Secret, SomeOf, Text, Usd,
-    UsdPerMillion, Word,
+    UsdLimit, UsdPerMillion, UsdPerMillionOrEmpty, Word,
 };
 
 const HOUR_MS: i64 = 3_600_000;
 const MANY: i64 = 1 << 20;
+/// Nano-dollars that the store compares exactly.
+const SPEND_MAX: i64 = 9_000_000_000_000_000;
 
-/// `models` stands for every model's table.
+/// Of `limits`, and of every tier's table.
+const LIMITS: &[(&str, Rule)] = &[
+    ("requests_per_minute", Integer(0, 1 << 40)),
+    ("tokens_per_minute", Integer(0, 1 << 40)),
+    ("requests_per_day", Integer(0, 1 << 40)),
+    ("tokens_per_day", Integer(0, 1 << 40)),
+    ("requests_at_once", Integer(0, 1 << 40)),
+    ("spend_usd_per_day", UsdLimit),
+    ("spend_usd_per_month", UsdLimit),
+    ("service_tier_max", OneOf(&["flex", "default", "priority"])),
+];
+
+/// `models` and `tiers` stand for every table in them.
 pub const RULES: &[(&str, &[(&str, Rule)])] = &[
     (
         "node",
@@ -98,17 +115,12 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
         &[
             ("hold_lease_ms", Integer(1000, HOUR_MS)),
             ("sweep_ms", Integer(100, HOUR_MS)),
+            ("step_tokens", Integer(0, 1 << 24)),
             ("bootstrap_balance_usd", Usd),
         ],
     ),
-    (
-        "limits",
-        &[
-            ("requests_per_minute", Integer(0, 1 << 40)),
-            ("tokens_per_minute", Integer(0, 1 << 40)),
-            ("service_tier_max", OneOf(&["flex", "default", "priority"])),
-        ],
-    ),
+    ("limits", LIMITS),
+    ("tiers", LIMITS),
     ("relay", &[("listen", Address), ("advertise", Endpoint), ("secret", Secret(16))]),
     (
         "engine",
@@ -140,6 +152,8 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("kv_memory_mib", Integer(1, 1 << 24)),
             ("input_usd_per_million", UsdPerMillion),
             ("output_usd_per_million", UsdPerMillion),
+            ("cached_input_usd_per_million", UsdPerMillionOrEmpty),
+            ("free", Flag),
         ],
     ),
     ("prices", &[("version", Word)]),
@@ -211,7 +225,14 @@ impl Rule {
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.to_string()),
             },
-            UsdPerMillion => nano_per_token(text).map(drop).map_err(|error| error.to_string()),
+            UsdLimit => match text.parse::<NanoUsd>() {
+                Ok(amount) if amount < NanoUsd::ZERO => Err("must not be negative".into()),
+                Ok(amount) if amount.nano() > SPEND_MAX => Err("must be at most 9000000".into()),
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            },
+            UsdPerMillionOrEmpty if text.is_empty() => Ok(()),
+            UsdPerMillion | UsdPerMillionOrEmpty => nano_per_token(text).map(drop).map_err(|error| error.to_string()),
             SomeOf(_) | Origins | Integer(..) | Flag => unreachable!("not text"),
         }
     }

@@ -5,9 +5,11 @@ use std::{collections::BTreeMap, fmt, path::Path};
 use toml_edit::{Document, DocumentMut, Item, TableLike, Value};
 
 use super::{
-    Config, DEFAULTS,
+    Config, DEFAULTS, PriceFault,
     check::{RULES, nearest, rule},
+    check_price, nano_per_token,
 };
+use crate::domain::{NanoUsd, Price};
 
 /// What the command line states.
 #[derive(Clone, Debug, Default)]
@@ -94,6 +96,7 @@ impl Config {
             }
         }
         layers.complete_models();
+        layers.complete_tiers();
         layers.check_together();
         layers.finish()
     }
@@ -127,6 +130,8 @@ struct Layers {
     values: BTreeMap<Key, (Value, Place)>,
     /// Where each model's table was first stated.
     models: BTreeMap<String, Place>,
+    /// The same of tiers.
+    tiers: BTreeMap<String, Place>,
     faults: Vec<(Place, ConfigFault)>,
 }
 
@@ -158,18 +163,19 @@ impl Layers {
                 self.fault(place, &section, format!("is a section: write [{section}]"));
                 continue;
             };
-            if section != "models" {
+            if section != "models" && section != "tiers" {
                 self.section(&[section], table, keys, &line);
                 continue;
             }
-            for (model, place, item) in entries(table, &line) {
-                let path = [section.clone(), model.clone()];
+            for (name, place, item) in entries(table, &line) {
+                let path = [section.clone(), name.clone()];
                 let Some(table) = item.as_table_like() else {
-                    let what = "is not a model: write [models.\"name\"]";
+                    let what = format!("is a table: write [{section}.\"name\"]");
                     self.fault(place, &shown(&path), what);
                     continue;
                 };
-                self.models.entry(model).or_insert(place);
+                let named = if section == "models" { &mut self.models } else { &mut self.tiers };
+                named.entry(name).or_insert(place);
                 self.section(&path, table, keys, &line);
             }
         }
@@ -239,10 +245,27 @@ impl Layers {
                     continue;
                 }
                 let value = match *name {
-                    "description" => Value::from(""),
+                    "description" | "cached_input_usd_per_million" => Value::from(""),
+                    "free" => Value::from(false),
                     _ => defaults.values[&key(MODEL_TEMPLATE, name)].0.clone(),
                 };
                 self.values.insert(own, (value, place.clone()));
+            }
+        }
+    }
+
+    /// Tiers take from `limits` what they do not state.
+    fn complete_tiers(&mut self) {
+        let (_, keys) = RULES.iter().find(|(name, _)| *name == "tiers").expect("there is such a section");
+        for (tier, place) in self.tiers.clone() {
+            for (name, _) in *keys {
+                let own = vec!["tiers".to_owned(), tier.clone(), (*name).to_owned()];
+                let of_all = vec!["limits".to_owned(), (*name).to_owned()];
+                if !self.values.contains_key(&own)
+                    && let Some((value, _)) = self.values.get(&of_all).cloned()
+                {
+                    self.values.insert(own, (value, place.clone()));
+                }
             }
         }
     }
@@ -281,6 +304,31 @@ impl Layers {
             self.at_most(&model, "output_tokens_max", "context_tokens_max");
             // Every running sequence takes a token of each step.
             self.at_most(&model, "sequences_max", "step_tokens_max");
+            self.check_price(&model);
+        }
+    }
+
+    /// A price that gives the model away by mistake, or a discount that is none.
+    fn check_price(&mut self, model: &str) {
+        let key = |name: &str| vec!["models".to_owned(), model.to_owned(), name.to_owned()];
+        let text = |name: &str| {
+            let (value, _) = self.values.get(&key(name))?;
+            value.as_str().map(str::to_owned)
+        };
+        let nano = |name: &str| nano_per_token(&text(name)?).ok();
+        let (Some(input), Some(output)) = (nano("input_usd_per_million"), nano("output_usd_per_million")) else {
+            return;
+        };
+        let cached_input = nano("cached_input_usd_per_million").unwrap_or(input);
+        let is_free = self.values.get(&key("free")).is_some_and(|(value, _)| value.as_bool() == Some(true));
+        if let Err(fault) = check_price(Price { input, output, cached_input }, is_free) {
+            let name = match fault {
+                PriceFault::CachedAboveInput => "cached_input_usd_per_million",
+                _ if input == NanoUsd::ZERO => "input_usd_per_million",
+                _ => "output_usd_per_million",
+            };
+            let place = self.values[&key(name)].1.clone();
+            self.fault(place, &shown(&key(name)), fault.to_string());
         }
     }
 

@@ -38,10 +38,10 @@ fn the_defaults_are_sound_and_every_rule_has_its_key_in_the_manual() {
 
 #[test]
 fn the_documented_prices_are_exact() {
-    let book = Config::defaults().price_book().unwrap();
+    let book = Config::defaults().price_list().unwrap();
     let price = |model: &str| book.prices[model];
-    assert_eq!(price("tzafon.sm-1"), Price { input: NanoUsd::new(200), output: NanoUsd::new(300) });
-    assert_eq!(price("tzafon.northstar-cua-fast"), Price { input: NanoUsd::new(300), output: NanoUsd::new(500) });
+    assert_eq!(price("tzafon.sm-1"), Price::flat(NanoUsd::new(200), NanoUsd::new(300)));
+    assert_eq!(price("tzafon.northstar-cua-fast"), Price::flat(NanoUsd::new(300), NanoUsd::new(500)));
     assert_eq!(book.version, "2026-11");
 }
 

@@ -58,6 +58,14 @@ pub enum StoppedBy {
     Token(u32),
 }
 
+/// Why there is no money for another token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FundsEnd {
+    Balance,
+    SpendLimit,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {

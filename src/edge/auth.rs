@@ -14,6 +14,14 @@ pub(super) async fn authenticate(http: &HttpRequest, state: &EdgeState) -> Resul
             tracing::info!(%key, "a revoked key was used");
             ApiError::bad_key()
         }
+        AuthError::Expired(key) => {
+            tracing::info!(%key, "an expired key was used");
+            ApiError::bad_key()
+        }
+        AuthError::Suspended(tenant) => {
+            tracing::info!(%tenant, "a suspended tenant's key was used");
+            ApiError::suspended()
+        }
         AuthError::Store(error) => {
             tracing::warn!(%error, "a key could not be checked");
             ApiError::store_away()

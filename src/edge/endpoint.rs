@@ -267,6 +267,9 @@ async fn run<D: Dialect>(
     let name = body.model()?.unwrap_or(settings.default_model.as_str());
     let (model, served) = state.models.get_key_value(name).ok_or_else(|| ApiError::model_not_found(name))?;
     *model_label = Some(model.clone());
+    if !principal.may_ask(model) {
+        return Err(ApiError::permission_denied(format!("This API key may not ask the model `{model}`.")).into());
+    }
     let known = state.known(model);
     let bounds = Bounds {
         messages_max: settings.messages_max,
@@ -277,7 +280,7 @@ async fn run<D: Dialect>(
     let before = D::before(&body, state, &principal).await?;
     let (mut request, dialect) = D::read(body, bounds, before)?;
     note_what_the_template_lacks(&mut request, known);
-    request.priority = request.priority.min(state.priority_max);
+    request.priority = request.priority.min(state.admission.priority_max(&principal));
 
     let has_tools = !request.ask.shape.calls.tools.is_empty();
     let has_shape = request.ask.shape.text != TextShape::Any;

@@ -12,8 +12,8 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
-    admission::{RateKind, Rates},
-    domain::FailureCode,
+    admission::{LimitKind, Party, Rates},
+    domain::{FailureCode, NanoUsd},
     prompt::PromptError,
 };
 
@@ -188,9 +188,14 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "permission_error", "permission_denied", message)
     }
 
+    pub fn suspended() -> Self {
+        let mut error = Self::permission_denied("This account is suspended. Contact whoever runs the service.");
+        error.0.reason = "suspended";
+        error
+    }
+
     pub fn insufficient_balance() -> Self {
-        let why = "Your balance does not cover this request: its prompt plus the most output that it may have. \
-                   Add credit, or ask for fewer tokens with max_completion_tokens.";
+        let why = "Your balance does not cover this request: its prompt and one token of output. Add credit.";
         let mut error = Self::new(StatusCode::PAYMENT_REQUIRED, "insufficient_quota", "insufficient_quota", why);
         error.0.never_retry = true;
         error
@@ -199,21 +204,27 @@ impl ApiError {
     // -- too much, or not now --------------------------------------------------------------------------
 
     /// `wait_ms`: until it fits; nothing where it never does.
-    pub fn rate_limited(kind: RateKind, wait_ms: Option<u64>, rates: Rates) -> Self {
-        let limit = match kind {
-            RateKind::Requests => rates.requests,
-            RateKind::Tokens => rates.tokens,
+    pub fn limited(kind: LimitKind, of: Party, limit: u64, wait_ms: Option<u64>, rates: Rates) -> Self {
+        let whose = match of {
+            Party::Tenant => "your account",
+            Party::Key => "this API key",
         };
-        let limit = limit.map_or(0, |rate| rate.limit);
-        let kind = kind.as_str();
-        let why = match wait_ms {
-            Some(ms) => format!(
-                "Rate limit reached: {limit} {kind} per minute. Please try again in {}.",
-                super::rates::duration(ms)
-            ),
+        let what = limit_in_words(kind, limit);
+        let wait = wait_ms.map(super::rates::duration);
+        if kind.is_spend() {
+            let wait = wait.unwrap_or_default();
+            let why = format!("The spend limit of {whose} is reached: {what}. It starts anew in {wait}.");
+            let mut error = Self::new(StatusCode::PAYMENT_REQUIRED, "insufficient_quota", "insufficient_quota", why);
+            error.0.never_retry = true;
+            error.0.reason = "spend_limit_reached";
+            error.0.rates = rates;
+            return error;
+        }
+        let why = match wait {
+            Some(wait) => format!("Rate limit of {whose} reached: {what}. Please try again in {wait}."),
             None => format!(
-                "Request too large: its prompt and the most that it may put out exceed the limit of {limit} {kind} \
-                 per minute. Ask for fewer tokens with max_completion_tokens."
+                "Request too large: its prompt and the most that it may put out exceed the limit of {whose}: {what}. \
+                 Ask for fewer tokens with max_completion_tokens."
             ),
         };
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "rate_limit_exceeded", why);
@@ -458,6 +469,19 @@ impl From<PromptError> for ApiError {
                 Self::internal()
             }
         }
+    }
+}
+
+fn limit_in_words(kind: LimitKind, limit: u64) -> String {
+    let usd = || NanoUsd::new(i64::try_from(limit).unwrap_or(i64::MAX));
+    match kind {
+        LimitKind::RequestsPerMinute => format!("{limit} requests per minute"),
+        LimitKind::TokensPerMinute => format!("{limit} tokens per minute"),
+        LimitKind::RequestsPerDay => format!("{limit} requests per day"),
+        LimitKind::TokensPerDay => format!("{limit} tokens per day"),
+        LimitKind::RequestsAtOnce => format!("{limit} requests at once"),
+        LimitKind::SpendPerDay => format!("${} per day", usd()),
+        LimitKind::SpendPerMonth => format!("${} per month", usd()),
     }
 }
 

@@ -17,7 +17,7 @@ use crate::{
         EventBody, FailureCode, FinishReason, GrammarSource, Job, ModelId, Priority, RequestId, SamplingParams,
         StoppedBy, Stops, Telling, TokenDetail, Usage,
     },
-    ledger::ReleaseReason,
+    ledger::{PricesError, ReleaseReason},
     queue::{PublishError, ReplyStream},
     store::StoreError,
 };
@@ -60,16 +60,15 @@ pub async fn open(
     wanted: Wanted,
     arrived: Instant,
 ) -> Result<Opened, ApiError> {
-    let Some(served) = state.models.get(&wanted.model) else {
-        return Err(ApiError::model_not_found(wanted.model.as_str()));
-    };
+    let (price, price_version) = state.prices.current(&wanted.model).await.map_err(no_price)?;
     let ask = admission::Ask {
         request: wanted.request.clone(),
         model: wanted.model.clone(),
-        price: served.price,
-        price_version: state.price_version.clone(),
+        price,
+        price_version,
         prompt_tokens: u32::try_from(wanted.prompt.len()).unwrap_or(u32::MAX),
         output_tokens_max: wanted.output_tokens_max.saturating_mul(wanted.choices),
+        choices: wanted.choices,
     };
     let admitted = match state.admission.admit(&principal, ask).await {
         Ok(admitted) => admitted,
@@ -125,7 +124,15 @@ pub async fn open(
 fn refused(error: AdmitError) -> ApiError {
     match error {
         AdmitError::InsufficientBalance { .. } => ApiError::insufficient_balance(),
-        AdmitError::RateLimited { kind, wait_ms, rates } => ApiError::rate_limited(kind, wait_ms, rates),
+        AdmitError::Limited { kind, of, limit, wait_ms, rates } => ApiError::limited(kind, of, limit, wait_ms, rates),
+        AdmitError::Suspended(tenant) => {
+            tracing::info!(%tenant, "a suspended tenant asked");
+            ApiError::suspended()
+        }
+        AdmitError::KeyEnded(key) => {
+            tracing::info!(%key, "a key that has ended was used");
+            ApiError::bad_key()
+        }
         AdmitError::UnknownTenant(tenant) => {
             tracing::warn!(%tenant, "a key's tenant is gone");
             ApiError::bad_key()
@@ -138,8 +145,21 @@ fn refused(error: AdmitError) -> ApiError {
             tracing::warn!(%error, "admission failed");
             ApiError::store_away()
         }
-        error @ (AdmitError::Repeated(_) | AdmitError::Money(_)) => {
+        error @ (AdmitError::Repeated(_) | AdmitError::Money(_) | AdmitError::UnknownTier(_)) => {
             tracing::error!(%error, "admission failed");
+            ApiError::internal()
+        }
+    }
+}
+
+pub(super) fn no_price(error: PricesError) -> ApiError {
+    match error {
+        PricesError::Store(error) if error.is_transient() => {
+            tracing::warn!(%error, "the price book cannot be read");
+            ApiError::store_away()
+        }
+        error => {
+            tracing::error!(%error, "a request cannot be priced");
             ApiError::internal()
         }
     }

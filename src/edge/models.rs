@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::{
     auth::authenticate,
     error::ApiError,
+    generation::no_price,
     state::{EdgeState, ServedModel},
 };
 use crate::domain::{ModelId, NanoUsd};
@@ -39,6 +40,10 @@ struct Pricing {
     currency: &'static str,
     input_per_million_tokens: Option<String>,
     output_per_million_tokens: Option<String>,
+    /// Of prompt tokens that were found in the prefix cache.
+    cached_input_per_million_tokens: Option<String>,
+    /// Named in the ledger and on receipts.
+    version: String,
 }
 
 const FEATURES: &[&str] = &[
@@ -55,9 +60,10 @@ const FEATURES: &[&str] = &[
 ];
 
 impl<'a> Model<'a> {
-    fn new(id: &'a ModelId, model: &'a ServedModel) -> Self {
+    async fn new(id: &'a ModelId, model: &'a ServedModel, state: &EdgeState) -> Result<Self, ApiError> {
+        let (price, version) = state.prices.current(id).await.map_err(no_price)?;
         let million = |price: NanoUsd| price.checked_mul(1_000_000).ok().map(|price| price.to_string());
-        Self {
+        Ok(Self {
             id,
             object: "model",
             created: model.created,
@@ -67,17 +73,23 @@ impl<'a> Model<'a> {
             max_output_tokens: model.output_tokens_max,
             pricing: Pricing {
                 currency: "USD",
-                input_per_million_tokens: million(model.price.input),
-                output_per_million_tokens: million(model.price.output),
+                input_per_million_tokens: million(price.input),
+                output_per_million_tokens: million(price.output),
+                cached_input_per_million_tokens: million(price.cached_input),
+                version,
             },
             features: FEATURES,
-        }
+        })
     }
 }
 
+/// Those that the key may ask.
 pub(super) async fn list(http: HttpRequest, state: web::Data<EdgeState>) -> Result<HttpResponse, ApiError> {
-    authenticate(&http, &state).await?;
-    let data = state.models.iter().map(|(id, model)| Model::new(id, model)).collect();
+    let principal = authenticate(&http, &state).await?;
+    let mut data = Vec::with_capacity(state.models.len());
+    for (id, model) in state.models.iter().filter(|(id, _)| principal.may_ask(id)) {
+        data.push(Model::new(id, model, &state).await?);
+    }
     Ok(HttpResponse::Ok().json(List { object: "list", data }))
 }
 
@@ -86,7 +98,8 @@ pub(super) async fn one(
     id: web::Path<String>,
     state: web::Data<EdgeState>,
 ) -> Result<HttpResponse, ApiError> {
-    authenticate(&http, &state).await?;
-    let (id, model) = state.models.get_key_value(id.as_str()).ok_or_else(|| ApiError::model_not_found(&id))?;
-    Ok(HttpResponse::Ok().json(Model::new(id, model)))
+    let principal = authenticate(&http, &state).await?;
+    let known = state.models.get_key_value(id.as_str()).filter(|(id, _)| principal.may_ask(id));
+    let (id, model) = known.ok_or_else(|| ApiError::model_not_found(&id))?;
+    Ok(HttpResponse::Ok().json(Model::new(id, model, &state).await?))
 }

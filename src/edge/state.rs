@@ -18,8 +18,8 @@ use super::recording::Recordings;
 use crate::{
     admission::Admission,
     config,
-    domain::{ModelId, Price, Priority, RequestId, TenantId},
-    ledger::{Ledger, ReleaseReason},
+    domain::{ModelId, RequestId, TenantId},
+    ledger::{Ledger, Prices, ReleaseReason},
     model::Vocabulary,
     prompt::{PromptModel, PromptPool},
     queue::{Queue, ReplyHub},
@@ -38,18 +38,16 @@ pub struct ServedModel {
     pub created: u64,
     pub context_tokens_max: u32,
     pub output_tokens_max: u32,
-    pub price: Price,
 }
 
 impl ServedModel {
-    pub fn new(model: &config::Model, price: Price) -> Self {
+    pub fn new(model: &config::Model) -> Self {
         Self {
             description: model.description.clone(),
             owned_by: model.owned_by.clone(),
             created: model.created,
             context_tokens_max: u32::try_from(model.context_tokens_max).unwrap_or(u32::MAX),
             output_tokens_max: model.output_tokens_max,
-            price,
         }
     }
 }
@@ -88,12 +86,10 @@ pub struct EdgeSpec {
     pub models: BTreeMap<ModelId, ServedModel>,
     /// Of the same models.
     pub prompts: BTreeMap<ModelId, PromptModel>,
-    pub price_version: String,
+    pub prices: Prices,
     /// How long a request may wait for a worker.
     pub wait_max: Duration,
     pub admission: Admission,
-    /// The highest class that a request gets, whatever it asks for.
-    pub priority_max: Priority,
     pub ledger: Ledger,
     pub queue: Queue,
     pub records: Records,
@@ -109,10 +105,9 @@ pub(super) struct EdgeState {
     pub models: BTreeMap<ModelId, ServedModel>,
     pub pool: PromptPool,
     known: BTreeMap<ModelId, Known>,
-    pub price_version: String,
+    pub prices: Prices,
     pub wait_max: Duration,
     pub admission: Admission,
-    pub priority_max: Priority,
     pub ledger: Ledger,
     pub queue: Queue,
     pub records: Records,
@@ -131,7 +126,7 @@ pub(super) struct EdgeState {
 impl EdgeState {
     /// Must be called inside an actix system, where the prompt pool starts.
     pub(super) fn start(spec: EdgeSpec) -> Self {
-        let EdgeSpec { settings, models, prompts, price_version, wait_max, .. } = spec;
+        let EdgeSpec { settings, models, prompts, prices, wait_max, .. } = spec;
         let known = prompts.iter().map(|(model, prompt)| (model.clone(), Known::of(prompt))).collect();
         let pool = PromptPool::start(Arc::new(prompts), settings.prompt_threads, settings.prompt_queue_max);
         Self {
@@ -139,10 +134,9 @@ impl EdgeState {
             models,
             pool,
             known,
-            price_version,
+            prices,
             wait_max,
             admission: spec.admission,
-            priority_max: spec.priority_max,
             ledger: spec.ledger,
             queue: spec.queue,
             records: spec.records,

@@ -2,219 +2,379 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::entry::{Entry, EntryKind};
+use serde::{Deserialize, Serialize};
+
+use super::entry::{Entry, EntryKind, NO_LINK};
 use crate::domain::{KeyId, ModelId, NanoUsd, Price, TenantId};
 
 /// What the store says about a tenant at one instant.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Stored {
     pub balance: i64,
+    pub available: i64,
     pub held: i64,
     pub charged: i64,
     pub granted: i64,
     pub refunded: i64,
+    pub adjusted: i64,
+    pub credit: i64,
     pub seq: u64,
+    /// The last entry that lies in an archive and not in the store.
+    pub archived: u64,
+    pub link: String,
     /// Open holds.
     pub holds: HashMap<String, i64>,
     /// Requests whose hold has a lease.
     pub leases: HashSet<String>,
-    /// Grants, settlements and releases that must not happen again.
+    /// The key of each open hold.
+    pub keys: HashMap<String, String>,
+    /// Open requests of each key.
+    pub open: HashMap<String, i64>,
+    /// Grants, settlements and so on that must not happen again.
     pub ended: u64,
 }
 
-struct OpenHold {
-    amount: i64,
-    key: KeyId,
-    model: ModelId,
-    price: Price,
-    price_version: String,
+/// A tenant's books as its entries make them, up to one of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Books {
+    pub tenant: TenantId,
+    /// Of the last entry; 0 before the first.
+    pub seq: u64,
+    pub link: String,
+    pub unix_ms: u64,
+    pub balance: i128,
+    pub held: i128,
+    pub charged: i128,
+    pub granted: i128,
+    pub refunded: i128,
+    pub adjusted: i128,
+    pub credit: i128,
+    /// Names that persons gave to grants, refunds and adjustments: remembered for ever.
+    pub references: u64,
+    pub open: BTreeMap<String, OpenHold>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OpenHold {
+    pub amount: i64,
+    pub terms: Terms,
+}
+
+/// What a hold, its extensions, and its end have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms {
+    pub key: KeyId,
+    pub model: ModelId,
+    pub price: Price,
+    pub price_version: String,
+}
+
+impl Terms {
+    fn of(entry: &Entry) -> Self {
+        let Entry { key, model, price, price_version, .. } = entry.clone();
+        Self { key, model, price, price_version }
+    }
+}
+
+impl Books {
+    fn new(tenant: TenantId) -> Self {
+        Self {
+            tenant,
+            seq: 0,
+            link: NO_LINK.to_owned(),
+            unix_ms: 0,
+            balance: 0,
+            held: 0,
+            charged: 0,
+            granted: 0,
+            refunded: 0,
+            adjusted: 0,
+            credit: 0,
+            references: 0,
+            open: BTreeMap::new(),
+        }
+    }
 }
 
 /// Takes entries in order, then [`finish`](Self::finish)es against the account. Sums are kept in 128 bits, so
 /// that no ledger, however wrong, makes them wrap.
 pub(super) struct Audit {
-    tenant: TenantId,
-    next_seq: u64,
-    balance: i128,
-    held: i128,
-    charged: i128,
-    granted: i128,
-    open: BTreeMap<String, OpenHold>,
-    /// Requests posted or released, and references granted (apart by kind).
-    ended: HashSet<(bool, String)>,
+    books: Books,
+    /// What the store should remember of the entries that were taken, and of an expired request also its terms.
+    ends: HashMap<String, End>,
+    /// What may still be given back of a request that something was given back of.
+    refundable: HashMap<String, i128>,
+    /// References of before, which the store remembers beside those in `ends`.
+    references_before: u64,
+    /// Charges by hour since 1970, to be compared with what the usage counters say.
+    pub hours: BTreeMap<u64, i128>,
     faults: Vec<String>,
+}
+
+struct End {
+    remembered: String,
+    /// Of one that may still be posted.
+    expired: Option<Terms>,
+    charged: i128,
 }
 
 impl Audit {
     pub fn of(tenant: TenantId) -> Self {
+        Self::after(Books::new(tenant))
+    }
+
+    /// Goes on from where an archive ended.
+    pub fn after(books: Books) -> Self {
+        let references_before = books.references;
         Self {
-            tenant,
-            next_seq: 1,
-            balance: 0,
-            held: 0,
-            charged: 0,
-            granted: 0,
-            open: BTreeMap::new(),
-            ended: HashSet::new(),
+            books,
+            ends: HashMap::new(),
+            refundable: HashMap::new(),
+            references_before,
+            hours: BTreeMap::new(),
             faults: Vec::new(),
         }
     }
 
+    pub fn books(&self) -> &Books {
+        &self.books
+    }
+
     /// An entry that could not be read stands in its place in the sequence.
     pub fn unreadable(&mut self, fault: String) {
-        self.next_seq += 1;
+        self.books.seq += 1;
         self.fault(fault);
     }
 
-    /// What must be remembered of an entry, so that what it did never happens again: field and value among
-    /// the ends.
-    pub fn end_of(entry: &Entry) -> Option<(String, String)> {
-        match entry.kind {
-            EntryKind::Grant => Some((format!("grant {}", entry.request), entry.amount.nano().to_string())),
-            EntryKind::Hold => None,
-            EntryKind::Post => Some((entry.request.clone(), format!("post {}", entry.amount.nano()))),
-            EntryKind::Release => Some((entry.request.clone(), format!("release {}", entry.note))),
-        }
+    /// Fields and values that the store should remember, but for what came after entry `seq`.
+    pub fn remembered(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.ends.iter().map(|(name, end)| (name.as_str(), end.remembered.as_str()))
     }
 
-    pub fn remembered(&mut self, entry: &Entry, expected: &str, remembered: Option<&str>) {
-        if remembered != Some(expected) {
+    pub fn check_remembered(&mut self, name: &str, expected: &str, remembered: Option<&str>) {
+        let later = |text: &str| {
+            let seq = text.strip_prefix("post ").and_then(|rest| rest.split(' ').nth(1)?.parse::<u64>().ok());
+            seq.is_some_and(|seq| seq > self.books.seq) && expected.starts_with("release expired ")
+        };
+        if remembered != Some(expected) && !remembered.is_some_and(later) {
             let remembered = remembered.unwrap_or("nothing");
-            self.fault(format!("the end by entry {} is remembered as `{remembered}`, not `{expected}`", entry.seq));
+            self.fault(format!("of `{name}` is remembered `{remembered}`, not `{expected}`"));
         }
     }
 
     pub fn take(&mut self, entry: &Entry) {
         let seq = entry.seq;
-        if seq != self.next_seq {
-            self.fault(format!("entry {seq} stands where entry {} should", self.next_seq));
+        if seq != self.books.seq + 1 {
+            self.fault(format!("entry {seq} stands where entry {} should", self.books.seq + 1));
         }
-        self.next_seq = seq.saturating_add(1);
-        if entry.tenant != self.tenant {
+        self.books.seq = seq;
+        if entry.link != entry.link_after(&self.books.link) {
+            self.fault(format!("the link of entry {seq} does not fit what it says and what went before"));
+        }
+        self.books.link.clone_from(&entry.link);
+        if entry.unix_ms < self.books.unix_ms {
+            self.fault(format!("entry {seq} is older than the one before"));
+        }
+        self.books.unix_ms = entry.unix_ms;
+        if entry.tenant != self.books.tenant {
             self.fault(format!("entry {seq} names tenant {}", entry.tenant));
         }
-        if entry.amount < NanoUsd::ZERO {
+        if entry.amount < NanoUsd::ZERO && entry.kind != EntryKind::Adjust {
             self.fault(format!("entry {seq} has the negative amount {}", entry.amount));
         }
-        let amount = i128::from(entry.amount.nano());
-        match entry.kind {
-            EntryKind::Grant => {
-                self.end_once(entry, true);
-                self.granted += amount;
-                self.balance += amount;
-            }
-            EntryKind::Hold => {
-                self.check_cost(entry);
-                self.balance -= amount;
-                self.held += amount;
-                let hold = OpenHold {
-                    amount: entry.amount.nano(),
-                    key: entry.key.clone(),
-                    model: entry.model.clone(),
-                    price: entry.price,
-                    price_version: entry.price_version.clone(),
-                };
-                let again = self.ended.contains(&(false, entry.request.clone()));
-                if self.open.insert(entry.request.clone(), hold).is_some() || again {
-                    self.fault(format!("entry {seq} holds a second time for {}", entry.request));
-                }
-            }
-            EntryKind::Post => {
-                self.check_cost(entry);
-                if let Some(hold) = self.close(entry) {
-                    if entry.amount.nano() > hold.amount {
-                        self.fault(format!("entry {seq} charges more than was on hold"));
-                    }
-                    self.balance += i128::from(hold.amount) - amount;
-                    self.held -= i128::from(hold.amount);
-                    self.charged += amount;
-                } else {
-                    // Money was taken that nothing had set aside: count it, so that it shows in the sums.
-                    self.charged += amount;
-                    self.balance -= amount;
-                }
-            }
-            EntryKind::Release => {
-                if let Some(hold) = self.close(entry) {
-                    if entry.amount.nano() != hold.amount {
-                        self.fault(format!("entry {seq} releases another amount than was on hold"));
-                    }
-                    self.held -= i128::from(hold.amount);
-                }
-                self.balance += amount;
+        self.book(entry);
+        for (name, says, makes) in
+            [("balance", entry.balance, self.books.balance), ("amount on hold", entry.held, self.books.held)]
+        {
+            if i128::from(says.nano()) != makes {
+                self.fault(format!("entry {seq} says that the {name} is {} where the entries make it {makes}", says.nano()));
             }
         }
-        if i128::from(entry.balance.nano()) != self.balance {
-            self.fault(format!(
-                "entry {seq} says that the balance is {} where the entries make it {}",
-                entry.balance.nano(),
-                self.balance
-            ));
-        }
-        if self.balance < 0 {
-            self.fault(format!("the balance is below zero after entry {seq}"));
+        if takes_from_balance(entry) && self.books.balance + self.books.credit < 0 {
+            self.fault(format!("the balance is below what may be spent after entry {seq}"));
         }
     }
 
-    /// Compares with the account. Answers the imbalance (grants − balance − open holds − charges + refunds,
-    /// grants and charges as re-added, balance and holds as stored) and every fault.
-    pub fn finish(mut self, stored: &Stored) -> (i128, Vec<String>) {
-        if self.next_seq != stored.seq.saturating_add(1) {
-            self.fault(format!("{} entries were written and {} are there", stored.seq, self.next_seq - 1));
+    fn book(&mut self, entry: &Entry) {
+        let amount = i128::from(entry.amount.nano());
+        let note = sha1_hex(&entry.note);
+        match entry.kind {
+            EntryKind::Grant => {
+                self.name_once(format!("grant {}", entry.reference), format!("{amount} {note}"), entry);
+                self.books.granted += amount;
+                self.books.balance += amount;
+            }
+            EntryKind::Adjust => {
+                // What could not be collected was written off with the charge that follows, by nobody.
+                if !(entry.reference.is_empty() && entry.note == "written_off") {
+                    self.name_once(format!("adjust {}", entry.reference), format!("{amount} {note}"), entry);
+                }
+                self.books.adjusted += amount;
+                self.books.balance += amount;
+            }
+            EntryKind::Refund => {
+                let what = format!("{amount} {} {note}", entry.request);
+                self.name_once(format!("refund {}", entry.reference), what, entry);
+                let charged = self.ends.get(&entry.request).map_or(0, |end| end.charged);
+                let left = self.refundable.entry(entry.request.clone()).or_insert(charged);
+                *left -= amount;
+                if *left < 0 {
+                    self.fault(format!("entry {} gives back more of {} than it was charged", entry.seq, entry.request));
+                }
+                self.books.refunded += amount;
+                self.books.balance += amount;
+            }
+            EntryKind::Credit => self.books.credit = amount,
+            EntryKind::Hold => self.hold(entry),
+            EntryKind::Post => self.post(entry),
+            EntryKind::Release => {
+                let hold = self.close(entry);
+                let held = hold.as_ref().map_or(0, |hold| hold.amount);
+                if entry.amount.nano() != held || entry.hold.nano() != held {
+                    self.fault(format!("entry {} releases another amount than was on hold", entry.seq));
+                }
+                self.books.held -= i128::from(held);
+                self.books.balance += amount;
+                let expired = (entry.note == "expired").then(|| Terms::of(entry));
+                self.end_once(entry, format!("release {} {}", entry.note, entry.seq), expired, 0);
+            }
         }
+    }
+
+    fn hold(&mut self, entry: &Entry) {
+        self.check_cost(entry);
+        let terms = Terms::of(entry);
+        self.books.balance -= i128::from(entry.amount.nano());
+        self.books.held += i128::from(entry.amount.nano());
+        let extends = entry.note == "extended";
+        let fault = match self.books.open.get_mut(&entry.request) {
+            Some(hold) => {
+                let fits = extends && hold.terms == terms;
+                hold.amount = hold.amount.saturating_add(entry.amount.nano());
+                (!fits).then_some("holds a second time")
+            }
+            None => {
+                let again = self.ends.contains_key(&entry.request);
+                self.books.open.insert(entry.request.clone(), OpenHold { amount: entry.amount.nano(), terms });
+                (extends || again).then_some("extends or repeats a hold that is not open")
+            }
+        };
+        if let Some(fault) = fault {
+            self.fault(format!("entry {} {fault}: {}", entry.seq, entry.request));
+        }
+    }
+
+    fn post(&mut self, entry: &Entry) {
+        self.check_cost(entry);
+        let amount = i128::from(entry.amount.nano());
+        self.books.charged += amount;
+        *self.hours.entry(entry.unix_ms / 3_600_000).or_default() += amount;
+        let remembered = format!("post {amount} {}", entry.seq);
+        let expired = self.ends.get(&entry.request).and_then(|end| end.expired.clone());
+        if let Some(terms) = expired.filter(|_| !self.books.open.contains_key(&entry.request)) {
+            if terms != Terms::of(entry) || entry.hold != NanoUsd::ZERO {
+                self.fault(format!("entry {} has other terms than the hold that expired", entry.seq));
+            }
+            self.books.balance -= amount;
+            self.ends.insert(entry.request.clone(), End { remembered, expired: None, charged: amount });
+            return;
+        }
+        match self.close(entry) {
+            Some(hold) => {
+                if entry.amount.nano() > hold.amount || entry.hold.nano() != hold.amount {
+                    self.fault(format!("entry {} charges more than was on hold, or misstates it", entry.seq));
+                }
+                self.books.balance += i128::from(hold.amount) - amount;
+                self.books.held -= i128::from(hold.amount);
+            }
+            // Money was taken that nothing had set aside: count it, so that it shows in the sums.
+            None => self.books.balance -= amount,
+        }
+        self.end_once(entry, remembered, None, amount);
+    }
+
+    /// Compares with the account. Answers the imbalance (grants + adjustments − balance − open holds − charges +
+    /// refunds, grants, adjustments and charges as re-added, the others as stored) and every fault.
+    pub fn finish(mut self, stored: &Stored) -> (i128, Vec<String>) {
+        if self.books.seq != stored.seq {
+            self.fault(format!("{} entries were written and {} are there", stored.seq, self.books.seq));
+        }
+        if self.books.link != stored.link {
+            self.fault(format!("the account's link is {} where the entries make it {}", stored.link, self.books.link));
+        }
+        let Books { balance, held, charged, granted, refunded, adjusted, credit, .. } = self.books;
         for (name, stored, readded) in [
-            ("balance", stored.balance, self.balance),
-            ("held", stored.held, self.held),
-            ("charged", stored.charged, self.charged),
-            ("granted", stored.granted, self.granted),
-            ("refunded", stored.refunded, 0),
+            ("balance", stored.balance, balance),
+            ("available", stored.available, balance + credit),
+            ("held", stored.held, held),
+            ("charged", stored.charged, charged),
+            ("granted", stored.granted, granted),
+            ("refunded", stored.refunded, refunded),
+            ("adjusted", stored.adjusted, adjusted),
+            ("credit", stored.credit, credit),
         ] {
             if i128::from(stored) != readded {
                 self.fault(format!("the account's {name} is {stored} where the entries make it {readded}"));
             }
         }
-        let open = std::mem::take(&mut self.open);
+        self.check_open(stored);
+        let ended = self.ends.len() as u64 + self.refundable.len() as u64 + self.references_before;
+        if stored.ended != ended {
+            self.fault(format!("{} ends are remembered where the entries have {ended}", stored.ended));
+        }
+        let open_holds: i128 = stored.holds.values().map(|amount| i128::from(*amount)).sum();
+        let explained = i128::from(stored.balance) + open_holds + charged - i128::from(stored.refunded);
+        (granted + adjusted - explained, self.faults)
+    }
+
+    fn check_open(&mut self, stored: &Stored) {
+        let open = std::mem::take(&mut self.books.open);
+        let mut by_key = HashMap::<String, i64>::new();
         for (request, hold) in &open {
+            *by_key.entry(hold.terms.key.to_string()).or_default() += 1;
             match stored.holds.get(request) {
                 Some(amount) if *amount == hold.amount => {}
                 Some(amount) => {
-                    self.fault(format!("{request} has {amount} on hold where its entry says {}", hold.amount));
+                    self.fault(format!("{request} has {amount} on hold where its entries say {}", hold.amount));
                 }
                 None => self.fault(format!("{request} was held and never ended, but is not among the open holds")),
             }
             if !stored.leases.contains(request) {
                 self.fault(format!("the hold of {request} has no lease and would never expire"));
             }
+            if stored.keys.get(request).map(String::as_str) != Some(hold.terms.key.as_str()) {
+                self.fault(format!("the terms of the hold of {request} name another key than its entry"));
+            }
         }
         for request in stored.holds.keys().filter(|request| !open.contains_key(*request)) {
             self.fault(format!("{request} is among the open holds without an entry that opened it"));
         }
-        if stored.ended != self.ended.len() as u64 {
-            self.fault(format!("{} ends are remembered where the entries have {}", stored.ended, self.ended.len()));
+        if stored.open != by_key {
+            self.fault(format!("open requests are counted as {:?} where there are {by_key:?}", stored.open));
         }
-        let open_holds: i128 = stored.holds.values().map(|amount| i128::from(*amount)).sum();
-        let imbalance =
-            self.granted - i128::from(stored.balance) - open_holds - self.charged + i128::from(stored.refunded);
-        (imbalance, self.faults)
     }
 
     fn close(&mut self, entry: &Entry) -> Option<OpenHold> {
-        self.end_once(entry, false);
-        let Some(hold) = self.open.remove(&entry.request) else {
+        let Some(hold) = self.books.open.remove(&entry.request) else {
             self.fault(format!("entry {} ends {} which has no open hold", entry.seq, entry.request));
             return None;
         };
-        if (&hold.key, &hold.model, &hold.price, &hold.price_version)
-            != (&entry.key, &entry.model, &entry.price, &entry.price_version)
-        {
+        if hold.terms != Terms::of(entry) {
             self.fault(format!("entry {} has other terms than the hold of {}", entry.seq, entry.request));
         }
         Some(hold)
     }
 
-    fn end_once(&mut self, entry: &Entry, grant: bool) {
-        if !self.ended.insert((grant, entry.request.clone())) {
-            self.fault(format!("entry {} ends or grants {} a second time", entry.seq, entry.request));
+    fn end_once(&mut self, entry: &Entry, remembered: String, expired: Option<Terms>, charged: i128) {
+        if self.ends.insert(entry.request.clone(), End { remembered, expired, charged }).is_some() {
+            self.fault(format!("entry {} ends {} a second time", entry.seq, entry.request));
+        }
+    }
+
+    fn name_once(&mut self, name: String, what: String, entry: &Entry) {
+        self.books.references += 1;
+        if self.ends.insert(name, End { remembered: what, expired: None, charged: 0 }).is_some() {
+            self.fault(format!("entry {} happens a second time under the name {}", entry.seq, entry.reference));
         }
     }
 
@@ -225,6 +385,22 @@ impl Audit {
     }
 
     fn fault(&mut self, fault: String) {
-        self.faults.push(format!("{}: {fault}", self.tenant));
+        self.faults.push(format!("{}: {fault}", self.books.tenant));
     }
+}
+
+/// Whether it may only be as much as may be spent.
+fn takes_from_balance(entry: &Entry) -> bool {
+    match entry.kind {
+        EntryKind::Hold => entry.amount > NanoUsd::ZERO,
+        EntryKind::Adjust => entry.amount < NanoUsd::ZERO,
+        // Of one whose hold had expired.
+        EntryKind::Post => entry.hold == NanoUsd::ZERO && entry.amount > NanoUsd::ZERO,
+        _ => false,
+    }
+}
+
+fn sha1_hex(text: &str) -> String {
+    use sha1::{Digest, Sha1};
+    hex::encode(Sha1::digest(text.as_bytes()))
 }

@@ -1,27 +1,34 @@
-//! Prepaid money: grants, holds, settlements, and the proof that they add up.
+//! A tenant's money: grants, holds, settlements, refunds, and the proof that they add up.
 //!
-//! Promises, per tenant and at every instant: grants = balance + open holds + charges − refunds; the balance
-//! is never below zero; one settlement per request, ever; every change appends one entry to a ledger from
-//! which [`Ledger::verify`] can re-add everything. Holds are leases: what nobody renews is released, and costs
-//! nothing. Never computes with floats, never charges more than was held, and never takes an amount that it
-//! cannot read for zero.
+//! Promises, per tenant and at every instant: grants + adjustments = balance + open holds + charges − refunds; the
+//! balance is never below what the credit line allows; one settlement per request, ever; every change appends one
+//! entry to a ledger, linked to the one before, from which [`Ledger::verify`] can re-add everything. Holds are
+//! leases: what nobody renews is released. Never computes with floats, never charges more than was held, and never
+//! takes an amount that it cannot read for zero.
 
 mod audit;
+mod clock;
 mod entry;
+mod funds;
+mod prices;
 mod verify;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
-pub use entry::{Entry, EntryKind};
+pub use audit::Books;
+pub use entry::{Account, Entry, EntryKind, Movement, NO_LINK};
+pub use funds::{Moved, Refund};
+pub use prices::{Prices, PricesError};
 pub use verify::Report;
 
 use crate::{
-    domain::{FinishReason, KeyId, ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage},
+    domain::{FinishReason, FundsEnd, KeyId, ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage},
     store::{Function, Reply, Store, StoreError, keys},
 };
+use clock::ClockWatch;
 
 /// Calls to the store that one operation over many tenants has under way at a time.
 pub(crate) const CALLS_AT_ONCE: usize = 32;
@@ -29,23 +36,29 @@ pub(crate) const CALLS_AT_ONCE: usize = 32;
 const HOLDS_PER_CALL: usize = 256;
 /// Tenants asked about expired holds in one round trip.
 const TENANTS_PER_ROUND: usize = 512;
-/// Longest text that a person may attach to a grant.
-const NOTE_BYTES_MAX: usize = 256;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
-    /// The hold expired or was released before the request was settled. It is free of charge.
+    /// There is nothing to charge the request to: it was released, or is none of this store's.
     #[error("the hold of {0} is gone; the request is free of charge")]
-    HoldExpired(RequestId),
+    HoldGone(RequestId),
     #[error("{request} would cost {amount}, more than the {held} on hold for it")]
     ExceedsHold { request: RequestId, amount: NanoUsd, held: NanoUsd },
     #[error("{0} was admitted for another key, model or price than it is settled with")]
     OtherTerms(RequestId),
     #[error("there is no tenant {0}")]
     UnknownTenant(TenantId),
-    #[error("{0} is not an amount that can be granted")]
-    NotGrantable(NanoUsd),
-    #[error("a note may have at most {NOTE_BYTES_MAX} bytes and a reference must not be empty")]
+    #[error("{0} is not an amount that can be moved so")]
+    BadAmount(NanoUsd),
+    #[error("the balance of {balance} does not cover {amount}")]
+    Insufficient { balance: NanoUsd, amount: NanoUsd },
+    #[error("`{0}` stands for something else already")]
+    OtherReference(String),
+    #[error("{0} was not charged, or so long ago that it is archived; use an adjustment")]
+    NotCharged(RequestId),
+    #[error("of {request} only {left} is left to be given back")]
+    ExceedsCharge { request: RequestId, left: NanoUsd },
+    #[error("a note may have at most {} bytes, a reference 1 to {}, none of them control characters", funds::TEXT_BYTES_MAX, funds::TEXT_BYTES_MAX)]
     BadText,
     #[error(transparent)]
     Money(#[from] MoneyError),
@@ -63,7 +76,47 @@ pub struct Settlement {
     pub usage: Usage,
     pub price: Price,
     pub price_version: String,
-    pub reason: FinishReason,
+    pub reason: EndReason,
+    /// SHA-256 of the ids of the tokens that were put out, where they are known.
+    pub digest: Option<[u8; 32]>,
+}
+
+/// Why a request that is charged came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndReason {
+    Stop,
+    Length,
+    /// There was no money for another token.
+    BalanceExhausted,
+    SpendLimitReached,
+    /// By its client, or because its client was gone.
+    Cancelled,
+    /// The process that ran it died; charged is what its journal says.
+    WorkerLost,
+}
+
+impl EndReason {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::BalanceExhausted => "balance_exhausted",
+            Self::SpendLimitReached => "spend_limit_reached",
+            Self::Cancelled => "cancelled",
+            Self::WorkerLost => "worker_lost",
+        }
+    }
+}
+
+impl From<FinishReason> for EndReason {
+    fn from(reason: FinishReason) -> Self {
+        match reason {
+            FinishReason::Stop => Self::Stop,
+            FinishReason::Length => Self::Length,
+            FinishReason::Cancelled => Self::Cancelled,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +125,16 @@ pub struct Settled {
     pub amount: NanoUsd,
     /// An earlier call had settled it; this one changed nothing.
     pub repeated: bool,
+    /// Its hold had expired, so that the balance was charged.
+    pub late: bool,
+}
+
+/// More output tokens for a request under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extended {
+    pub tokens: u32,
+    /// Why there are not as many as were wanted; there is no use in asking again.
+    pub limited_by: Option<FundsEnd>,
 }
 
 /// Why a hold was given up without a charge.
@@ -101,7 +164,7 @@ impl ReleaseReason {
 /// Money of a tenant at one instant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Balance {
-    /// Free to be spent.
+    /// Free to be spent; below zero where a credit line is in use.
     #[serde(rename = "balance_nano_usd")]
     pub balance: NanoUsd,
     /// Set aside for requests under way.
@@ -113,36 +176,61 @@ pub struct Balance {
     pub granted: NanoUsd,
     #[serde(rename = "refunded_nano_usd")]
     pub refunded: NanoUsd,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Granted {
-    #[serde(rename = "balance_nano_usd")]
-    pub balance: NanoUsd,
-    /// This reference had been granted before; this call changed nothing.
-    pub repeated: bool,
+    #[serde(rename = "adjusted_nano_usd")]
+    pub adjusted: NanoUsd,
+    /// How far below zero the balance may go.
+    #[serde(rename = "credit_nano_usd")]
+    pub credit: NanoUsd,
+    /// What may be spent: balance and credit line.
+    #[serde(rename = "available_nano_usd")]
+    pub available: NanoUsd,
 }
 
 #[derive(Clone)]
 pub struct Ledger {
-    store: Store,
+    pub(crate) store: Store,
     hold_lease: Duration,
+    clock: Arc<ClockWatch>,
 }
 
 impl Ledger {
     /// `hold_lease`: a hold that nobody has renewed for this long is released.
     pub fn new(store: Store, hold_lease: Duration) -> Self {
-        Self { store, hold_lease }
+        Self { store, hold_lease, clock: Arc::default() }
     }
 
     pub fn hold_lease(&self) -> Duration {
         self.hold_lease
     }
 
+    /// Sets more output tokens aside for an open request, at its own price: as many of `wanted` as there is money
+    /// for. Not safe to repeat after a lost answer, but harmless: what is on hold and not used goes back at the end.
+    pub async fn extend(
+        &self,
+        tenant: &TenantId,
+        request: &RequestId,
+        wanted: u32,
+    ) -> Result<Extended, LedgerError> {
+        let arguments = [tenant.as_str(), request.as_str(), &wanted.to_string()];
+        let mut reply = self.call(Function::Extend, tenant, &arguments).await?;
+        match reply.word() {
+            "extended" => {
+                let tokens = reply.next("tokens")?;
+                let limited_by = reply.funds_end()?;
+                Ok(Extended { tokens, limited_by })
+            }
+            "absent" => Err(LedgerError::HoldGone(request.clone())),
+            "overflow" => Err(MoneyError::Overflow.into()),
+            "unknown_tenant" => Err(LedgerError::UnknownTenant(tenant.clone())),
+            _ => Err(reply.unexpected("extend").into()),
+        }
+    }
+
     /// Charges what was used and gives the rest of the hold back. Safe to repeat until it answers: a request
-    /// is settled once, ever.
+    /// is settled once, ever. One whose hold has expired is charged to the balance; what that cannot pay is
+    /// written off.
     pub async fn settle(&self, settlement: &Settlement) -> Result<Settled, LedgerError> {
-        let Settlement { request, tenant, key, model, usage, price, price_version, reason } = settlement;
+        let Settlement { request, tenant, key, model, usage, price, price_version, reason, digest } = settlement;
         let amount = price.cost(usage)?;
         let numbers = [
             amount.nano().to_string(),
@@ -151,8 +239,10 @@ impl Ledger {
             usage.cached_tokens.to_string(),
             price.input.nano().to_string(),
             price.output.nano().to_string(),
+            price.cached_input.nano().to_string(),
         ];
-        let [cost, prompt, completion, cached, input, output] = &numbers;
+        let [cost, prompt, completion, cached, input, output, cached_input] = &numbers;
+        let digest = digest.map(hex::encode).unwrap_or_default();
         let arguments = [
             tenant.as_str(),
             request.as_str(),
@@ -164,25 +254,33 @@ impl Ledger {
             cached,
             input,
             output,
+            cached_input,
             price_version,
             reason.as_str(),
+            &digest,
         ];
         let mut reply = self.call(Function::Settle, tenant, &arguments).await?;
         match reply.word() {
-            "posted" => Ok(Settled { amount, repeated: false }),
+            "posted" => {
+                let late = reply.next::<String>("way")? == "late";
+                Ok(Settled { amount, repeated: false, late })
+            }
             "ended" => {
                 let how: String = reply.next("end of the request")?;
-                match how.strip_prefix("post ") {
-                    Some(posted) => Ok(Settled { amount: entry::nano(posted, "posted amount")?, repeated: true }),
-                    None => Err(LedgerError::HoldExpired(request.clone())),
+                match how.strip_prefix("post ").and_then(|rest| rest.split(' ').next()) {
+                    Some(posted) => {
+                        Ok(Settled { amount: entry::nano(posted, "posted amount")?, repeated: true, late: false })
+                    }
+                    None => Err(LedgerError::HoldGone(request.clone())),
                 }
             }
-            "absent" => Err(LedgerError::HoldExpired(request.clone())),
+            "absent" => Err(LedgerError::HoldGone(request.clone())),
             "exceeds_hold" => {
                 let held = entry::nano(&reply.next::<String>("hold")?, "hold")?;
                 Err(LedgerError::ExceedsHold { request: request.clone(), amount, held })
             }
             "other_terms" => Err(LedgerError::OtherTerms(request.clone())),
+            "overflow" => Err(MoneyError::Overflow.into()),
             "unknown_tenant" => Err(LedgerError::UnknownTenant(tenant.clone())),
             _ => Err(reply.unexpected("settle").into()),
         }
@@ -226,12 +324,12 @@ impl Ledger {
         Ok(())
     }
 
-    /// Releases holds whose lease ran out; answers how many. Within one lease after the store was away it
-    /// releases none, because their owners could not renew them either.
+    /// Releases holds whose lease ran out; answers how many. Within one lease after the store was away, or after
+    /// its clock jumped, it releases none, because their owners could not renew them in time either.
     pub async fn sweep_expired_holds(&self) -> Result<usize, LedgerError> {
         // The question also finds out whether the store was away, which is only known once it has answered.
         let now = self.store.now_unix_ms().await?;
-        if self.store.connected_for() < self.hold_lease {
+        if self.store.connected_for() < self.hold_lease || !self.clock.is_steady(now, self.hold_lease) {
             return Ok(0);
         }
         let mut swept = 0;
@@ -268,62 +366,33 @@ impl Ledger {
         Ok(released)
     }
 
-    /// Adds prepaid money. The same `reference` is granted once per tenant, so that a call whose answer was
-    /// lost may be repeated.
-    pub async fn grant(
-        &self,
-        tenant: &TenantId,
-        amount: NanoUsd,
-        reference: &str,
-        note: &str,
-    ) -> Result<Granted, LedgerError> {
-        if amount <= NanoUsd::ZERO {
-            return Err(LedgerError::NotGrantable(amount));
-        }
-        if reference.is_empty() || reference.len() > NOTE_BYTES_MAX || note.len() > NOTE_BYTES_MAX {
-            return Err(LedgerError::BadText);
-        }
-        let nano = amount.nano().to_string();
-        let mut reply = self.call(Function::Grant, tenant, &[tenant.as_str(), reference, &nano, note]).await?;
-        let repeated = match reply.word() {
-            "granted" => false,
-            "repeated" => true,
-            "overflow" => return Err(MoneyError::Overflow.into()),
-            "unknown_tenant" => return Err(LedgerError::UnknownTenant(tenant.clone())),
-            _ => return Err(reply.unexpected("grant").into()),
-        };
-        Ok(Granted { balance: entry::nano(&reply.next::<String>("balance")?, "balance")?, repeated })
-    }
-
     pub async fn balance(&self, tenant: &TenantId) -> Result<Balance, LedgerError> {
+        const FIELDS: [&str; 8] =
+            ["balance", "held", "charged", "granted", "refunded", "adjusted", "credit", "available"];
         let mut command = redis::cmd("HMGET");
-        command.arg(keys::account(tenant)).arg(&["balance", "held", "charged", "granted", "refunded"]);
+        command.arg(keys::account(tenant)).arg(&FIELDS);
         let fields: Vec<Option<String>> = self.store.query(&command).await?;
         if fields.iter().all(Option::is_none) {
             return Err(LedgerError::UnknownTenant(tenant.clone()));
         }
-        let field = |index: usize, name: &str| {
+        let mut amounts = [NanoUsd::ZERO; FIELDS.len()];
+        for (index, name) in FIELDS.into_iter().enumerate() {
             let text = fields.get(index).and_then(Option::as_deref);
             let text = text.ok_or_else(|| StoreError::Damaged(format!("account of {tenant} lacks {name}")))?;
-            entry::nano(text, name)
-        };
-        Ok(Balance {
-            balance: field(0, "balance")?,
-            held: field(1, "held")?,
-            charged: field(2, "charged")?,
-            granted: field(3, "granted")?,
-            refunded: field(4, "refunded")?,
-        })
+            amounts[index] = entry::nano(text, name)?;
+        }
+        let [balance, held, charged, granted, refunded, adjusted, credit, available] = amounts;
+        Ok(Balance { balance, held, charged, granted, refunded, adjusted, credit, available })
     }
 
-    /// How far the accounts are from `grants = balance + holds + charges - refunds`, over all tenants and
-    /// without regard to sign. Looks at the accounts only; [`Ledger::verify`] re-adds the entries.
+    /// How far the accounts are from `grants + adjustments = balance + holds + charges - refunds`, over all tenants
+    /// and without regard to sign. Looks at the accounts only; [`Ledger::verify`] re-adds the entries.
     pub async fn imbalance(&self) -> Result<NanoUsd, LedgerError> {
         let mut sum = NanoUsd::ZERO;
         for tenant in &self.tenants().await? {
-            let Balance { balance, held, charged, granted, refunded } = self.balance(tenant).await?;
+            let Balance { balance, held, charged, granted, refunded, adjusted, .. } = self.balance(tenant).await?;
             let explained = balance.checked_add(held)?.checked_add(charged)?.checked_sub(refunded)?;
-            let off = granted.checked_sub(explained)?;
+            let off = granted.checked_add(adjusted)?.checked_sub(explained)?;
             sum = if off < NanoUsd::ZERO { sum.checked_sub(off)? } else { sum.checked_add(off)? };
         }
         Ok(sum)

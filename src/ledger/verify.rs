@@ -3,7 +3,7 @@ use std::collections::{HashMap, HashSet};
 use serde::Serialize;
 
 use super::{
-    Entry, Ledger, LedgerError,
+    Ledger, LedgerError,
     audit::{Audit, Stored},
     entry,
 };
@@ -23,7 +23,7 @@ pub struct Report {
     pub tenants: usize,
     pub entries: u64,
     pub open_holds: usize,
-    /// grants − balance − open holds − charges + refunds, over all tenants.
+    /// grants + adjustments − balance − open holds − charges + refunds, over all tenants.
     pub imbalance_nano_usd: i128,
     /// Each names its tenant and what contradicts what.
     pub faults: Vec<String>,
@@ -65,13 +65,12 @@ impl Ledger {
 
     async fn audit(&self, tenant: &TenantId, stored: &Stored) -> Result<Audit, StoreError> {
         let mut audit = Audit::of(tenant.clone());
-        let mut after = 0;
+        let mut after = stored.archived;
         while after < stored.seq {
             let page = self.raw_entries(tenant, after, PAGE).await?;
             if page.is_empty() {
                 break;
             }
-            let mut ended = Vec::new();
             for (id, fields) in page {
                 let seq = id.split('-').next().and_then(|seq| seq.parse().ok());
                 after = seq.ok_or_else(|| StoreError::Damaged(format!("{tenant}: entry number {id}")))?;
@@ -79,65 +78,68 @@ impl Ledger {
                     break;
                 }
                 match entry::parse(&id, &fields) {
-                    Ok(entry) => {
-                        audit.take(&entry);
-                        ended.extend(Audit::end_of(&entry).map(|end| (entry, end)));
-                    }
+                    Ok(entry) => audit.take(&entry),
                     Err(fault) => audit.unreadable(fault),
                 }
             }
-            self.check_ends(tenant, &mut audit, &ended).await?;
         }
+        self.check_ends(tenant, &mut audit).await?;
         Ok(audit)
     }
 
     /// Whether the store remembers the ends that the entries record, which is what keeps a settlement from
-    /// being repeated. An end is never forgotten, so it does not matter that time has passed since the snapshot.
-    async fn check_ends(
-        &self,
-        tenant: &TenantId,
-        audit: &mut Audit,
-        ended: &[(Entry, (String, String))],
-    ) -> Result<(), StoreError> {
-        if ended.is_empty() {
-            return Ok(());
-        }
-        let mut command = redis::cmd("HMGET");
-        command.arg(keys::ended(tenant));
-        for (_, (field, _)) in ended {
-            command.arg(field);
-        }
-        let remembered: Vec<Option<String>> = self.store.query(&command).await?;
-        for ((entry, (_, expected)), remembered) in ended.iter().zip(remembered) {
-            audit.remembered(entry, expected, remembered.as_deref());
+    /// being repeated.
+    async fn check_ends(&self, tenant: &TenantId, audit: &mut Audit) -> Result<(), StoreError> {
+        let expected: Vec<(String, String)> =
+            audit.remembered().map(|(name, what)| (name.to_owned(), what.to_owned())).collect();
+        for ends in expected.chunks(PAGE) {
+            let mut command = redis::cmd("HMGET");
+            command.arg(keys::ended(tenant));
+            for (name, _) in ends {
+                command.arg(name);
+            }
+            let remembered: Vec<Option<String>> = self.store.query(&command).await?;
+            for ((name, what), remembered) in ends.iter().zip(remembered) {
+                audit.check_remembered(name, what, remembered.as_deref());
+            }
         }
         Ok(())
     }
 
     async fn snapshot(&self, tenant: &TenantId) -> Result<Option<Stored>, StoreError> {
-        type Snapshot = (HashMap<String, String>, HashMap<String, String>, HashSet<String>, u64, u64);
-        let (account, holds, leases, ended, entries): Snapshot =
+        type Texts = HashMap<String, String>;
+        type Snapshot = (Texts, Texts, HashSet<String>, Texts, HashMap<String, i64>, u64, u64);
+        let (account, holds, leases, terms, open, ended, entries): Snapshot =
             self.store.call(Function::Snapshot, &keys::ledger(tenant), &[]).await?;
         if account.is_empty() && entries == 0 && holds.is_empty() {
             return Ok(None);
         }
-        let field = |name: &str| {
-            let text = account.get(name).ok_or_else(|| StoreError::Damaged(format!("account lacks {name}")))?;
-            entry::whole(text, name).map_err(StoreError::Damaged)
+        let text = |name: &str| {
+            account.get(name).cloned().ok_or_else(|| StoreError::Damaged(format!("account lacks {name}")))
         };
+        let field = |name: &str| entry::whole(&text(name)?, name).map_err(StoreError::Damaged);
+        let count = |name: &str| u64::try_from(field(name)?).map_err(|_| StoreError::Damaged(format!("negative {name}")));
         let holds = holds
             .into_iter()
             .map(|(request, amount)| Ok((request, entry::whole(&amount, "open hold").map_err(StoreError::Damaged)?)))
             .collect::<Result<_, StoreError>>()?;
+        let key_of = |terms: String| terms.split('\x1f').next().unwrap_or_default().to_owned();
         Ok(Some(Stored {
             balance: field("balance")?,
+            available: field("available")?,
             held: field("held")?,
             charged: field("charged")?,
             granted: field("granted")?,
             refunded: field("refunded")?,
-            seq: u64::try_from(field("seq")?).map_err(|_| StoreError::Damaged("negative seq".to_owned()))?,
+            adjusted: field("adjusted")?,
+            credit: field("credit")?,
+            seq: count("seq")?,
+            archived: count("archived")?,
+            link: text("link")?,
             holds,
             leases,
+            keys: terms.into_iter().map(|(request, terms)| (request, key_of(terms))).collect(),
+            open,
             ended,
         }))
     }

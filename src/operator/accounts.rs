@@ -1,20 +1,16 @@
 use std::collections::HashMap;
 
-use rand::TryRng;
 use serde::Serialize;
 
+use super::audit_log::{AuditLog, Change};
 use crate::{
-    admission::{KeyRecord, KeyStatus, Scopes, SecretHash, key},
+    admission::{LimitKind, Limits, limits_in},
     domain::{KeyId, NanoUsd, TenantId},
-    ledger::{Balance, Ledger, LedgerError},
+    ledger::{Balance, Ledger, LedgerError, Moved, Refund},
     store::{Function, Reply, Store, StoreError, keys},
 };
 
-/// Random bytes of a secret.
-const SECRET_BYTES: usize = 32;
-/// Characters of a secret that are kept for display: the prefix and eight digits.
-const SHOWN_CHARACTERS: usize = 11;
-const TEXT_BYTES_MAX: usize = 128;
+pub(super) const TEXT_BYTES_MAX: usize = 128;
 /// The reference under which a tenant's first credit is granted.
 pub(super) const OPENING: &str = "opening";
 
@@ -26,6 +22,10 @@ pub enum OperatorError {
     UnknownKey(KeyId),
     #[error("a {0} must have 1 to {TEXT_BYTES_MAX} printable characters")]
     BadText(&'static str),
+    #[error("{0}")]
+    BadWish(String),
+    #[error("{0} belongs to another tenant, or is revoked")]
+    KeyEnded(KeyId),
     #[error("an opening balance cannot be {0}")]
     BadBalance(NanoUsd),
     #[error("the system gives no random numbers: {0}")]
@@ -49,39 +49,70 @@ pub struct Tenant {
     pub id: TenantId,
     pub name: String,
     pub created_unix_ms: u64,
+    pub status: TenantStatus,
+    /// Empty for the standard one.
+    pub tier: String,
+    /// Its own, which go before those of its tier.
+    pub limits: Limits,
+    /// It is told when less than this may be spent.
+    #[serde(rename = "low_balance_nano_usd")]
+    pub low_balance: Option<NanoUsd>,
     #[serde(flatten)]
     pub money: Balance,
 }
 
-/// A key just made. The only time that its secret is to be had.
-#[derive(Clone, Serialize)]
-pub struct NewKey {
-    pub secret: String,
-    #[serde(flatten)]
-    pub record: KeyRecord,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TenantStatus {
+    Active,
+    /// Nothing new is admitted, and its keys open nothing; what runs goes on.
+    Suspended,
 }
 
-/// Without the secret, which must not end up in a log.
-impl std::fmt::Debug for NewKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("NewKey").field("record", &self.record).finish_non_exhaustive()
+impl TenantStatus {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Suspended => "suspended",
+        }
     }
 }
 
+/// What a person wants to have changed of limits: nothing takes one's own away.
+pub type LimitChanges = Vec<(LimitKind, Option<u64>)>;
+
+/// Cheap to clone.
 #[derive(Clone)]
 pub struct Accounts {
     pub(super) store: Store,
-    ledger: Ledger,
+    pub(super) ledger: Ledger,
+    pub(super) log: AuditLog,
 }
 
 impl Accounts {
     pub fn new(store: Store, ledger: Ledger) -> Self {
-        Self { store, ledger }
+        let log = AuditLog::new(store.clone());
+        Self { store, ledger, log }
+    }
+
+    /// The same for changes by somebody whom the audit log shall name.
+    pub fn acting_as(&self, actor: impl Into<String>) -> Self {
+        Self { log: self.log.acting_as(actor), ..self.clone() }
+    }
+
+    pub fn audit_log(&self) -> &AuditLog {
+        &self.log
     }
 
     /// Makes a tenant with prepaid credit.
     pub async fn create_tenant(&self, name: &str, balance: NanoUsd) -> Result<Tenant, OperatorError> {
         let tenant = TenantId::generate();
+        check_text("name", name)?;
+        if balance < NanoUsd::ZERO {
+            return Err(OperatorError::BadBalance(balance));
+        }
+        let change = Change::of("tenant.create", &tenant).with("name", name).with("balance_nano_usd", balance);
+        self.log.write(change).await?;
         self.open_tenant(&tenant, name, balance).await?;
         self.list(&[&tenant]).await?;
         self.tenant(&tenant).await
@@ -97,60 +128,106 @@ impl Accounts {
     }
 
     pub async fn tenant(&self, id: &TenantId) -> Result<Tenant, OperatorError> {
-        let command = &mut redis::cmd("HMGET");
-        let (name, created): (Option<String>, Option<u64>) =
-            self.store.query(command.arg(keys::account(id)).arg("name").arg("created")).await?;
-        match (name, created) {
-            (Some(name), Some(created_unix_ms)) => {
-                let money = self.ledger.balance(id).await?;
-                Ok(Tenant { id: id.clone(), name, created_unix_ms, money })
-            }
-            _ => Err(OperatorError::UnknownTenant(id.clone())),
+        let fields: HashMap<String, String> = self.store.query(redis::cmd("HGETALL").arg(keys::account(id))).await?;
+        if fields.is_empty() {
+            return Err(OperatorError::UnknownTenant(id.clone()));
         }
+        let damaged = |what: &str| StoreError::Damaged(format!("account of {id} has no sound {what}"));
+        let text = |name: &str| fields.get(name).map(String::as_str).ok_or_else(|| damaged(name));
+        let low = fields.get("low").filter(|text| !text.is_empty());
+        Ok(Tenant {
+            id: id.clone(),
+            name: text("name")?.to_owned(),
+            created_unix_ms: text("created")?.parse().map_err(|_| damaged("created"))?,
+            status: match text("status")? {
+                "active" => TenantStatus::Active,
+                "suspended" => TenantStatus::Suspended,
+                _ => return Err(damaged("status").into()),
+            },
+            tier: text("tier")?.to_owned(),
+            limits: limits_in(&fields).map_err(|_| damaged("limit"))?,
+            low_balance: low.map(|text| text.parse().map(NanoUsd::new).map_err(|_| damaged("low"))).transpose()?,
+            money: self.ledger.balance(id).await?,
+        })
     }
 
-    /// Makes a key for a tenant.
-    pub async fn create_key(&self, tenant: &TenantId, label: &str, scopes: Scopes) -> Result<NewKey, OperatorError> {
-        check_text("label", label)?;
-        self.tenant(tenant).await?;
-        let secret = new_secret()?;
-        let record = self.store_key(tenant, &secret, label, scopes).await?;
-        Ok(NewKey { secret, record })
+    /// Stops a tenant, or lets it go on; effective with the next request.
+    pub async fn set_status(&self, id: &TenantId, status: TenantStatus) -> Result<Tenant, OperatorError> {
+        self.change(id, "tenant.status", vec![("status".to_owned(), status.as_str().to_owned())]).await
     }
 
-    /// Keys of one tenant, or of all, in order of creation.
-    pub async fn list_keys(&self, tenant: Option<&TenantId>) -> Result<Vec<KeyRecord>, OperatorError> {
-        let tenants = match tenant {
-            Some(tenant) => vec![self.tenant(tenant).await?.id],
-            None => self.ledger.tenants().await?,
-        };
-        let mut records = Vec::new();
-        for tenant in tenants {
-            let hashes: HashMap<String, String> =
-                self.store.query(redis::cmd("HGETALL").arg(keys::tenant_api_keys(&tenant))).await?;
-            for hash in hashes.values() {
-                // Listed and without a record: its making was interrupted, and the secret opens nothing.
-                records.extend(key::load_by_hex(&self.store, hash).await?);
-            }
-        }
-        records.sort_by(|a, b| (a.created_unix_ms, &a.id).cmp(&(b.created_unix_ms, &b.id)));
-        Ok(records)
+    /// Gives a tenant the limits of a tier. That there is such a tier is for the caller to know.
+    pub async fn set_tier(&self, id: &TenantId, tier: &str) -> Result<Tenant, OperatorError> {
+        self.change(id, "tenant.tier", vec![("tier".to_owned(), tier.to_owned())]).await
     }
 
-    /// Ends a key for good. Every edge refuses it within a second; requests under way end as they would.
-    pub async fn revoke_key(&self, id: &KeyId) -> Result<KeyRecord, OperatorError> {
-        let unknown = || OperatorError::UnknownKey(id.clone());
-        let hash: Option<String> = self.store.query(redis::cmd("GET").arg(keys::api_key_id(id))).await?;
-        let hash = hash.ok_or_else(unknown)?;
-        let record = key::load_by_hex(&self.store, &hash).await?.ok_or_else(unknown)?;
-        if record.status == KeyStatus::Revoked {
-            return Ok(record);
+    /// Limits of a tenant's own; effective with the next request.
+    pub async fn set_tenant_limits(&self, id: &TenantId, changes: &LimitChanges) -> Result<Tenant, OperatorError> {
+        self.change(id, "tenant.limits", limit_fields(changes)).await
+    }
+
+    /// From where on a tenant is told that little is left; nothing for never.
+    pub async fn set_low_balance(&self, id: &TenantId, below: Option<NanoUsd>) -> Result<Tenant, OperatorError> {
+        if below.is_some_and(|below| below < NanoUsd::ZERO) {
+            return Err(OperatorError::BadWish("a low balance cannot be negative".to_owned()));
         }
-        let now = self.store.now_unix_ms().await?;
-        let mut command = redis::cmd("HSET");
-        command.arg(keys::api_key(&hash)).arg("status").arg(KeyStatus::Revoked.as_str()).arg("revoked").arg(now);
-        self.store.query::<u64>(&command).await?;
-        Ok(KeyRecord { status: KeyStatus::Revoked, revoked_unix_ms: Some(now), ..record })
+        let below = below.map(|below| below.nano().to_string()).unwrap_or_default();
+        self.change(id, "tenant.low_balance", vec![("low".to_owned(), below)]).await
+    }
+
+    /// Adds prepaid money, once for each reference.
+    pub async fn grant(
+        &self,
+        tenant: &TenantId,
+        amount: NanoUsd,
+        reference: &str,
+        note: &str,
+    ) -> Result<Moved, OperatorError> {
+        self.log.write(of_money("credits.grant", tenant, amount, reference, note)).await?;
+        Ok(self.ledger.grant(tenant, amount, reference, note).await?)
+    }
+
+    /// Puts a balance right.
+    pub async fn adjust(
+        &self,
+        tenant: &TenantId,
+        amount: NanoUsd,
+        reference: &str,
+        note: &str,
+    ) -> Result<Moved, OperatorError> {
+        self.log.write(of_money("credits.adjust", tenant, amount, reference, note)).await?;
+        Ok(self.ledger.adjust(tenant, amount, reference, note).await?)
+    }
+
+    /// Gives a charge back.
+    pub async fn refund(&self, tenant: &TenantId, refund: &Refund) -> Result<Moved, OperatorError> {
+        let change = of_money("credits.refund", tenant, refund.amount, &refund.reference, &refund.note);
+        self.log.write(change.with("request", refund.request.as_str())).await?;
+        Ok(self.ledger.refund(tenant, refund).await?)
+    }
+
+    /// Sets how far below zero a balance may go.
+    pub async fn set_credit(&self, tenant: &TenantId, amount: NanoUsd, note: &str) -> Result<Moved, OperatorError> {
+        self.log.write(of_money("credits.line", tenant, amount, "", note)).await?;
+        Ok(self.ledger.set_credit(tenant, amount, note).await?)
+    }
+
+    async fn change(
+        &self,
+        id: &TenantId,
+        action: &'static str,
+        fields: Vec<(String, String)>,
+    ) -> Result<Tenant, OperatorError> {
+        let change = fields.iter().fold(Change::of(action, id), |change, (name, value)| change.with(name, value.as_str()));
+        self.log.write(change).await?;
+        let arguments: Vec<&[u8]> =
+            fields.iter().flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]).collect();
+        let reply: Reply = self.store.call(Function::AccountSet, &keys::ledger(id), &arguments).await?;
+        match reply.word() {
+            "set" => self.tenant(id).await,
+            "unknown_tenant" => Err(OperatorError::UnknownTenant(id.clone())),
+            _ => Err(reply.unexpected("account_set").into()),
+        }
     }
 
     /// Opens the account and grants its first credit. May be repeated. The tenant is not listed by this.
@@ -160,10 +237,6 @@ impl Accounts {
         name: &str,
         balance: NanoUsd,
     ) -> Result<(), OperatorError> {
-        check_text("name", name)?;
-        if balance < NanoUsd::ZERO {
-            return Err(OperatorError::BadBalance(balance));
-        }
         let reply: Reply = self.store.call(Function::AccountOpen, &keys::ledger(tenant), &[name.as_bytes()]).await?;
         if !matches!(reply.word(), "opened" | "exists") {
             return Err(reply.unexpected("account_open").into());
@@ -185,62 +258,18 @@ impl Accounts {
         self.store.query::<u64>(&command).await?;
         Ok(())
     }
-
-    /// Stores what is kept of a key. May be repeated with the same secret. The record comes last: a key that
-    /// works can always be listed and revoked.
-    pub(super) async fn store_key(
-        &self,
-        tenant: &TenantId,
-        secret: &str,
-        label: &str,
-        scopes: Scopes,
-    ) -> Result<KeyRecord, OperatorError> {
-        let hash = SecretHash::of(secret).ok_or(OperatorError::BadText("secret"))?;
-        if let Some(record) = key::load(&self.store, &hash).await? {
-            return Ok(record);
-        }
-        let hash = hash.to_hex();
-        let id = KeyId::generate();
-        let created = self.store.now_unix_ms().await?;
-        let prefix: String = secret.chars().take(SHOWN_CHARACTERS).collect();
-        self.store.query::<String>(redis::cmd("SET").arg(keys::api_key_id(&id)).arg(&hash)).await?;
-        let listing = &mut redis::cmd("HSET");
-        self.store.query::<u64>(listing.arg(keys::tenant_api_keys(tenant)).arg(id.as_str()).arg(&hash)).await?;
-        let mut record = redis::cmd("HSET");
-        record.arg(keys::api_key(&hash));
-        for (field, value) in [
-            ("id", id.as_str()),
-            ("tenant", tenant.as_str()),
-            ("label", label),
-            ("prefix", &prefix),
-            ("scopes", &scopes.to_string()),
-            ("status", KeyStatus::Active.as_str()),
-            ("created", &created.to_string()),
-        ] {
-            record.arg(field).arg(value);
-        }
-        self.store.query::<u64>(&record).await?;
-        Ok(KeyRecord {
-            id,
-            tenant: tenant.clone(),
-            label: label.to_owned(),
-            prefix,
-            scopes,
-            status: KeyStatus::Active,
-            created_unix_ms: created,
-            revoked_unix_ms: None,
-        })
-    }
 }
 
-/// `sk_` and 64 hexadecimal digits, straight from the system's random numbers.
-pub(super) fn new_secret() -> Result<String, OperatorError> {
-    let mut bytes = [0_u8; SECRET_BYTES];
-    rand::rngs::SysRng.try_fill_bytes(&mut bytes).map_err(|error| OperatorError::Random(error.to_string()))?;
-    Ok(format!("{}{}", key::SECRET_PREFIX, hex::encode(bytes)))
+pub(super) fn limit_fields(changes: &LimitChanges) -> Vec<(String, String)> {
+    let value = |value: &Option<u64>| value.map(|value| value.to_string()).unwrap_or_default();
+    changes.iter().map(|(kind, limit)| (kind.field(), value(limit))).collect()
 }
 
-fn check_text(what: &'static str, text: &str) -> Result<(), OperatorError> {
+fn of_money(action: &'static str, tenant: &TenantId, amount: NanoUsd, reference: &str, note: &str) -> Change {
+    Change::of(action, tenant).with("amount_nano_usd", amount).with("reference", reference).with("note", note)
+}
+
+pub(super) fn check_text(what: &'static str, text: &str) -> Result<(), OperatorError> {
     let good = !text.trim().is_empty() && text.len() <= TEXT_BYTES_MAX && !text.chars().any(char::is_control);
     if good { Ok(()) } else { Err(OperatorError::BadText(what)) }
 }

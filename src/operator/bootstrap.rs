@@ -7,10 +7,13 @@ use std::{
 
 use serde::Serialize;
 
-use super::accounts::{Accounts, OperatorError, new_secret};
+use super::{
+    accounts::{Accounts, OperatorError},
+    api_keys::{KeyWish, new_secret},
+};
 use crate::{
     admission::{Scope, SecretHash},
-    domain::{NanoUsd, TenantId},
+    domain::{KeyId, NanoUsd, TenantId},
     store::keys,
 };
 
@@ -53,9 +56,11 @@ impl Accounts {
         self.open_tenant(&development, "development", balance).await?;
         self.open_tenant(&operator, "operator", NanoUsd::ZERO).await?;
         let chat = [Scope::Chat, Scope::Read].into_iter().collect();
-        self.store_key(&development, &dev_secret, "development", chat).await?;
+        let wish = KeyWish::new("development", chat);
+        self.store_key(&development, KeyId::generate(), &dev_secret, wish).await?;
         let admin = [Scope::Read, Scope::Admin].into_iter().collect();
-        self.store_key(&operator, &admin_secret, "operator", admin).await?;
+        let wish = KeyWish::new("operator", admin);
+        self.store_key(&operator, KeyId::generate(), &admin_secret, wish).await?;
         self.list(&[&operator, &development]).await?;
         Ok(Bootstrap { created: true, dev_key: Some(dev_key), admin_key: Some(admin_key) })
     }

@@ -2,16 +2,25 @@ use std::sync::LazyLock;
 
 use sha2::{Digest, Sha256};
 
+use super::keys;
+
 /// Our functions on the server, by what they do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Function {
     AccountOpen,
+    AccountSet,
+    KeySet,
     Grant,
+    Adjust,
+    Refund,
+    Credit,
     Hold,
+    Extend,
     Settle,
     Release,
     Renew,
     Sweep,
+    Standing,
     Snapshot,
     OnceBegin,
     OnceRenew,
@@ -30,12 +39,19 @@ impl Function {
     fn name(self) -> &'static str {
         match self {
             Self::AccountOpen => "account_open",
+            Self::AccountSet => "account_set",
+            Self::KeySet => "key_set",
             Self::Grant => "grant",
+            Self::Adjust => "adjust",
+            Self::Refund => "refund",
+            Self::Credit => "credit",
             Self::Hold => "hold",
+            Self::Extend => "extend",
             Self::Settle => "settle",
             Self::Release => "release",
             Self::Renew => "renew",
             Self::Sweep => "sweep",
+            Self::Standing => "standing",
             Self::Snapshot => "snapshot",
             Self::OnceBegin => "once_begin",
             Self::OnceRenew => "once_renew",
@@ -52,7 +68,7 @@ impl Function {
     }
 
     pub(super) fn only_reads(self) -> bool {
-        self == Self::Snapshot
+        matches!(self, Self::Standing | Self::Snapshot)
     }
 }
 
@@ -74,12 +90,16 @@ pub(super) fn library() -> &'static Library {
         let body = concat!(
             include_str!("functions/common.lua"),
             include_str!("functions/rates.lua"),
+            include_str!("functions/limits.lua"),
             include_str!("functions/ledger.lua"),
+            include_str!("functions/holds.lua"),
             include_str!("functions/queue.lua"),
             include_str!("functions/records.lua")
         );
         let version = hex::encode(Sha256::digest(body.as_bytes()))[..12].to_owned();
-        let source = format!("#!lua name=lightcone_{version}\nlocal VERSION = '{version}'\n{body}");
+        let channel = keys::OUTBOX_CHANNEL;
+        let constants = format!("local VERSION, OUTBOX_CHANNEL = '{version}', '{channel}'");
+        let source = format!("#!lua name=lightcone_{version}\n{constants}\n{body}");
         Library { source, version }
     });
     &LIBRARY

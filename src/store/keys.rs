@@ -8,25 +8,40 @@ use crate::domain::{KeyId, ModelId, NodeId, TenantId};
 /// Identifiers of all tenants, scored by time of creation. A tenant exists once it is listed here.
 pub const TENANTS: &str = "lc:tenants";
 
+/// Who changed what: a stream of changes to tenants, keys, limits, prices and money.
+pub(crate) const AUDIT: &str = "lc:audit";
+
+/// Price lists: version to list.
+pub(crate) const PRICES: &str = "lc:prices";
+
 /// Secret by which the nodes of one store know each other, where none is configured.
 pub const RELAY_SECRET: &str = "lc:relay-secret";
 
-/// Record of one API key, by the SHA-256 of its secret.
-pub fn api_key(secret_sha256: &str) -> String {
-    format!("lc:key:{secret_sha256}")
+/// Told whenever a tenant's outbox has one message more; says whose account it is.
+pub(crate) const OUTBOX_CHANNEL: &str = "lc:outbox";
+
+/// Whose secret this is, by its SHA-256: tenant, key, and from when on it is not valid any more, if it was replaced.
+pub fn secret(secret_sha256: &str) -> String {
+    format!("lc:secret:{secret_sha256}")
 }
 
-/// From a key's identifier to the SHA-256 of its secret.
-pub fn api_key_id(key: &KeyId) -> String {
+/// From a key's identifier to its tenant.
+pub fn key_tenant(key: &KeyId) -> String {
     format!("lc:keyid:{key}")
 }
 
-/// API keys of a tenant: identifier to SHA-256 of the secret.
+/// Record of one API key: hash of label, prefix, scopes, status, and so on; everything but the secret.
+pub fn api_key(tenant: &TenantId, key: &KeyId) -> String {
+    format!("lc:{{t:{tenant}}}:key:{key}")
+}
+
+/// Identifiers of a tenant's API keys by the time at which they were made.
 pub fn tenant_api_keys(tenant: &TenantId) -> String {
     format!("lc:{{t:{tenant}}}:keys")
 }
 
-/// Money of a tenant: hash of balance, held, charged, granted, refunded, seq, name, created.
+/// Money of a tenant: hash of balance, available, held, charged, granted, refunded, adjusted, credit, seq, link, and
+/// what else there is to say of it: name, status, tier, limits.
 pub fn account(tenant: &TenantId) -> String {
     format!("lc:{{t:{tenant}}}:account")
 }
@@ -61,8 +76,33 @@ pub(crate) fn rates(tenant: &TenantId) -> String {
     format!("lc:{{t:{tenant}}}:rates")
 }
 
-/// The keys of a tenant's ledger in the order in which `functions/ledger.lua` takes them.
-pub(crate) fn ledger(tenant: &TenantId) -> [String; 7] {
+/// How many requests of each key are open.
+pub(crate) fn open(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:open")
+}
+
+/// What was asked and spent in a day (`20261123`) or a month (`202611`) of UTC, by the tenant and by each key.
+pub(crate) fn period(tenant: &TenantId, period: &str) -> String {
+    format!("lc:{{t:{tenant}}}:period:{period}")
+}
+
+/// What was used in an hour, counted since 1970, by model and key.
+pub(crate) fn usage_hour(tenant: &TenantId, hour: u64) -> String {
+    format!("lc:{{t:{tenant}}}:usage:hour:{hour}")
+}
+
+/// The same in a minute.
+pub(crate) fn usage_minute(tenant: &TenantId, minute: u64) -> String {
+    format!("lc:{{t:{tenant}}}:usage:minute:{minute}")
+}
+
+/// What a tenant is yet to be told of.
+pub(crate) fn outbox(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:outbox")
+}
+
+/// The keys of a tenant's ledger in the order in which the functions take them; they find the others beside these.
+pub(crate) fn ledger(tenant: &TenantId) -> [String; 8] {
     [
         account(tenant),
         holds(tenant),
@@ -71,6 +111,7 @@ pub(crate) fn ledger(tenant: &TenantId) -> [String; 7] {
         ended(tenant),
         entries(tenant),
         rates(tenant),
+        open(tenant),
     ]
 }
 

@@ -1,6 +1,7 @@
 use redis::{FromRedisValue, Value};
 
 use super::StoreError;
+use crate::domain::FundsEnd;
 
 /// Answer of a function: a word that says what happened, then what belongs to it. Whatever is absent or of
 /// another shape is damage, never a default.
@@ -17,6 +18,16 @@ impl Reply {
     pub fn next<T: FromRedisValue>(&mut self, what: &str) -> Result<T, StoreError> {
         let value = self.rest.next().ok_or_else(|| StoreError::Damaged(format!("answer lacks {what}")))?;
         T::from_redis_value(value).map_err(|error| StoreError::Damaged(format!("{what}: {error}")))
+    }
+
+    /// What kept a hold from paying for more tokens.
+    pub fn funds_end(&mut self) -> Result<Option<FundsEnd>, StoreError> {
+        match self.next::<String>("what was in the way")?.as_str() {
+            "" => Ok(None),
+            "balance" => Ok(Some(FundsEnd::Balance)),
+            "spend" => Ok(Some(FundsEnd::SpendLimit)),
+            other => Err(StoreError::Damaged(format!("`{other}` is nothing that could be in the way"))),
+        }
     }
 
     pub fn unexpected(&self, function: &str) -> StoreError {

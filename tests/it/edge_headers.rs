@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use lightcone::{
-    admission::RateLimits,
+    admission::{LimitKind, Limits},
     config,
     domain::{FinishReason, Priority},
 };
@@ -27,7 +27,7 @@ async fn served(front: &Front, body: &Value) -> Response {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_admitted_answer_says_what_is_left_and_the_first_beyond_it_is_a_429() {
-    let limits = RateLimits { requests_per_minute: 3, tokens_per_minute: 10_000 };
+    let limits = Limits::default().with(LimitKind::RequestsPerMinute, 3).with(LimitKind::TokensPerMinute, 10_000);
     let front = Front::furnished(Furniture { limits, ..Furniture::default() }).await;
     let mut used = 0;
     for (index, stream) in [false, true, false].into_iter().enumerate() {
@@ -63,7 +63,7 @@ async fn every_admitted_answer_says_what_is_left_and_the_first_beyond_it_is_a_42
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_exceeds_the_limit_by_itself_is_not_worth_another_try() {
-    let limits = RateLimits { requests_per_minute: 0, tokens_per_minute: 150 };
+    let limits = Limits::default().with(LimitKind::TokensPerMinute, 150);
     let front = Front::furnished(Furniture { limits, ..Furniture::default() }).await;
     let answer = front.ask(&hello()).send().await.expect("an answer");
     assert_eq!((header(&answer, "x-should-retry"), header(&answer, "retry-after")), (Some("false"), None));

@@ -44,7 +44,7 @@ fn job(tenant: &str, prompt_tokens: usize) -> Job {
         grammar: Some(GrammarSource("{}".to_owned())),
         cache_salt: "salt".to_owned(),
         priority: Priority::default(),
-        price: Price { input: NanoUsd::new(200), output: NanoUsd::new(300) },
+        price: Price::flat(NanoUsd::new(200), NanoUsd::new(300)),
         price_version: "2026-11".to_owned(),
         hold: NanoUsd::new(6_800),
         reply_to: ReplyTo { node: NodeId::generate(), relay: Some("127.0.0.1:1".to_owned()) },

@@ -1,7 +1,7 @@
 //! Limits per minute, against many edges at once and against time.
 
 use lightcone::{
-    admission::{Admission, AdmitError, Rate, RateKind, RateLimits},
+    admission::{Admission, AdmitError, LimitKind, Limits, Rate, Tier, Tiers},
     domain::NanoUsd,
     ledger::ReleaseReason,
     store::keys,
@@ -11,12 +11,14 @@ use crate::support::house::{House, LEASE, ask, at_once, settlement};
 
 const MINUTE_MS: u64 = 60_000;
 
-fn limits(requests_per_minute: u64, tokens_per_minute: u64) -> RateLimits {
-    RateLimits { requests_per_minute, tokens_per_minute }
+fn limits(requests_per_minute: u64, tokens_per_minute: u64) -> Limits {
+    let limits = Limits::default().with(LimitKind::RequestsPerMinute, requests_per_minute);
+    limits.with(LimitKind::TokensPerMinute, tokens_per_minute)
 }
 
-async fn limited(house: &House, limits: RateLimits) -> Admission {
-    Admission::new(house.valkey.store().await, LEASE).with_limits(limits)
+async fn limited(house: &House, limits: Limits) -> Admission {
+    let standard = Tier { limits, ..Tier::default() };
+    Admission::new(house.valkey.store().await, LEASE).with_tiers(Tiers { standard, ..Tiers::default() })
 }
 
 /// Makes everything that was counted look `seconds` older.
@@ -26,16 +28,20 @@ async fn let_time_pass(house: &House, seconds: i64) {
     let fields: Vec<(String, String)> = redis::cmd("HGETALL").arg(&key).query_async(&mut raw).await.expect("HGETALL");
     assert!(!fields.is_empty(), "nothing was counted");
     for (field, value) in fields {
-        let earlier = |text: &str| text.parse::<i64>().map(|second| (second - seconds).to_string());
-        let (name, rest) = field.split_once(':').expect("a name");
-        let moved = match (name, rest) {
+        let earlier = |text: &str| text.parse::<i64>().map(|second| (second - seconds).to_string()).expect("a second");
+        let moved = match field.rsplit_once(':').expect("a name") {
             (_, "sum") => continue,
-            (_, "seen") => (field.clone(), earlier(&value).expect("a second")),
+            (_, "seen") => (field.clone(), earlier(&value)),
             ("of", _) => {
-                let (second, tokens) = value.split_once(':').expect("a second and a count");
-                (field.clone(), format!("{}:{tokens}", earlier(second).expect("a second")))
+                let mut words = value.split(' ');
+                let mut moved = words.next().expect("a count").to_owned();
+                for window in words {
+                    let (name, second) = window.split_once('=').expect("a window");
+                    moved += &format!(" {name}={}", earlier(second));
+                }
+                (field.clone(), moved)
             }
-            (name, second) => (format!("{name}:{}", earlier(second).expect("a second")), value),
+            (name, second) => (format!("{name}:{}", earlier(second)), value),
         };
         redis::cmd("HDEL").arg(&key).arg(&field).exec_async(&mut raw).await.expect("HDEL");
         redis::cmd("HSET").arg(&key).arg(moved.0).arg(moved.1).exec_async(&mut raw).await.expect("HSET");
@@ -56,7 +62,7 @@ async fn parallel_admissions_on_many_edges_never_exceed_the_requests_of_a_minute
     .await;
     assert_eq!(outcomes.iter().filter(|outcome| outcome.is_ok()).count(), 50);
     for refused in outcomes.iter().filter_map(|outcome| outcome.as_ref().err()) {
-        let AdmitError::RateLimited { kind: RateKind::Requests, wait_ms: Some(wait), rates } = refused else {
+        let AdmitError::Limited { kind: LimitKind::RequestsPerMinute, wait_ms: Some(wait), rates, .. } = refused else {
             panic!("{refused}");
         };
         assert!((1..=MINUTE_MS + 1000).contains(wait), "{wait}");
@@ -80,7 +86,7 @@ async fn tokens_count_with_the_most_that_they_may_be_and_then_with_what_they_wer
     let first = edge.admit(&house.principal, ask(10, 50)).await.expect("admitted");
     assert_eq!(left(&first), 40);
     let refused = edge.admit(&house.principal, ask(10, 31)).await.unwrap_err();
-    let AdmitError::RateLimited { kind: RateKind::Tokens, wait_ms: Some(_), rates } = refused else {
+    let AdmitError::Limited { kind: LimitKind::TokensPerMinute, wait_ms: Some(_), rates, .. } = refused else {
         panic!("{refused}");
     };
     assert_eq!(rates.tokens.expect("a limit").remaining, 40);
@@ -101,7 +107,7 @@ async fn what_can_never_fit_is_told_so() {
     let house = House::with_balance(1_000_000_000).await;
     let edge = limited(&house, limits(0, 100)).await;
     let refused = edge.admit(&house.principal, ask(50, 51)).await.unwrap_err();
-    assert!(matches!(refused, AdmitError::RateLimited { kind: RateKind::Tokens, wait_ms: None, .. }), "{refused}");
+    assert!(matches!(refused, AdmitError::Limited { kind: LimitKind::TokensPerMinute, wait_ms: None, .. }), "{refused}");
     assert_eq!(house.balance().await.held, NanoUsd::ZERO);
 }
 
@@ -116,7 +122,7 @@ async fn the_minute_slides_and_is_never_shorter_than_one() {
     drop(admit().await.expect("admitted"));
     let refused = admit().await.unwrap_err();
     // The first leaves the window 60 to 61 seconds after it came.
-    let AdmitError::RateLimited { wait_ms: Some(wait), .. } = refused else { panic!("{refused}") };
+    let AdmitError::Limited { wait_ms: Some(wait), .. } = refused else { panic!("{refused}") };
     assert!((28_000..=31_000).contains(&wait), "{wait}");
     let_time_pass(&house, 29).await;
     admit().await.expect_err("a minute has not passed");

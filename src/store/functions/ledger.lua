@@ -1,14 +1,33 @@
 -- Money of one tenant. Amounts are decimal strings of nano-dollars and are only ever added by HINCRBY, in
--- 64 bits; Lua looks at the sign of a result and at nothing else of it.
+-- 64 bits. Where a decision needs a comparison or a count of tokens (how many does this pay for?), it is made in
+-- doubles, which are exact below 2^53: larger requests are refused, and larger balances cover any other. What was
+-- decided is then moved by HINCRBY, and taken back if the result has the wrong sign.
 --
--- keys: 1 account, 2 holds, 3 terms, 4 leases, 5 ended, 6 entries, 7 rates.
+-- keys: account, holds, terms, leases, ended, entries, rates, open (see common.lua).
 
-local ACCOUNT, HOLDS, TERMS, LEASES, ENDED, ENTRIES, RATES = 1, 2, 3, 4, 5, 6, 7
-local MONEY_FIELDS = {'balance', 'held', 'charged', 'granted', 'refunded', 'seq'}
+local MONEY_FIELDS = {
+  'balance', 'available', 'held', 'charged', 'granted', 'refunded', 'adjusted', 'credit', 'seq', 'archived', 'at',
+}
+local EXACT_MAX = 9000000000000000
+local NO_LINK = string.rep('0', 40)
+-- What an entry consists of, in the order in which its link covers it.
+local ENTRY_FIELDS = {
+  'kind', 'request', 'reference', 'tenant', 'key', 'model', 'prompt', 'completion', 'cached', 'input', 'output', 'cached_input',
+  'version', 'amount', 'hold', 'balance', 'held', 'note', 'digest', 'at',
+}
+local COUNTS = {
+  prompt = true, completion = true, cached = true, input = true, output = true, cached_input = true, hold = true,
+}
+local TERMS_FIELDS = {'key', 'model', 'input', 'output', 'cached_input', 'version'}
+local USAGE_HOURS_KEPT_SECONDS, USAGE_MINUTES_KEPT_SECONDS = 400 * 86400, 2 * 86400
+local OUTBOX_MAX = 1000
 
 local function minus(amount)
   if amount == '0' then
     return '0'
+  end
+  if string.sub(amount, 1, 1) == '-' then
+    return string.sub(amount, 2)
   end
   return '-' .. amount
 end
@@ -17,8 +36,12 @@ local function is_amount(text)
   return text == '0' or (string.match(text, '^[1-9]%d*$') ~= nil and #text <= 19)
 end
 
+local function is_signed_amount(text)
+  return is_amount(text) or is_amount(string.match(text, '^%-(.*)$') or '')
+end
+
 -- Answers an error for an account that cannot be what it should be, nil for a sound one, and nil, true for
--- one that does not exist. A missing field is never taken for 0.
+-- one that does not exist. A missing field is never taken for 0. Last, the fields of a sound one.
 local function look_at(keys)
   local fields = redis.call('HMGET', keys[ACCOUNT], unpack(MONEY_FIELDS))
   local entries = redis.call('XLEN', keys[ENTRIES])
@@ -28,12 +51,14 @@ local function look_at(keys)
     end
     return nil, true
   end
+  local account = {}
   for index, name in ipairs(MONEY_FIELDS) do
-    if not fields[index] or not is_amount(fields[index]) then
+    if not fields[index] or not is_signed_amount(fields[index]) then
       return redis.error_reply('DAMAGED ' .. keys[ACCOUNT] .. ' has no sound ' .. name)
     end
+    account[name] = fields[index]
   end
-  if entries ~= tonumber(fields[6]) then
+  if entries ~= tonumber(account.seq) - tonumber(account.archived) then
     return redis.error_reply('DAMAGED ' .. keys[ENTRIES] .. ' does not have as many entries as were written')
   end
   -- Fails on a key of another type before anything is written.
@@ -42,34 +67,92 @@ local function look_at(keys)
   redis.call('HLEN', keys[TERMS])
   redis.call('HLEN', keys[ENDED])
   redis.call('HLEN', keys[RATES])
-  return nil, false
+  redis.call('HLEN', keys[OPEN])
+  return nil, false, account
 end
 
--- Appends an entry with the balance as it is now.
+-- The balance and what may be spent of it, which is the credit line more.
+local function move_balance(keys, amount)
+  redis.call('HINCRBY', keys[ACCOUNT], 'balance', amount)
+  return redis.call('HINCRBY', keys[ACCOUNT], 'available', amount)
+end
+
+-- Tells whoever delivers them that something happened that a person wants to know.
+local function tell_outside(keys, kind, detail)
+  local outbox = beside(keys, 'outbox')
+  local id = redis.call('HINCRBY', keys[ACCOUNT], 'events', 1)
+  redis.call('RPUSH', outbox, cjson.encode({
+    id = whole(id), kind = kind, detail = detail, at = whole(now_ms()),
+    balance = redis.call('HGET', keys[ACCOUNT], 'balance'),
+  }))
+  -- A receiver that has been away for so long is told of the last ones.
+  redis.call('LTRIM', outbox, -OUTBOX_MAX, -1)
+  redis.call('PUBLISH', OUTBOX_CHANNEL, keys[ACCOUNT])
+end
+
+-- Once when less is left than the tenant wants to have, and again only after there was more.
+local function watch_balance(keys)
+  local state = redis.call('HMGET', keys[ACCOUNT], 'low', 'low_told', 'available')
+  if not state[1] or state[1] == '' then
+    return
+  end
+  local is_low = tonumber(state[3]) < tonumber(state[1])
+  if is_low and state[2] ~= '1' then
+    redis.call('HSET', keys[ACCOUNT], 'low_told', '1')
+    tell_outside(keys, 'balance.low', state[1])
+  elseif not is_low and state[2] == '1' then
+    redis.call('HSET', keys[ACCOUNT], 'low_told', '0')
+  end
+end
+
+-- Appends an entry with the account as it is now. Its time never lies before that of the one before it, and its
+-- link covers it and the link before it. Answers the entry.
 local function append(keys, entry)
   local seq = redis.call('HINCRBY', keys[ACCOUNT], 'seq', 1)
-  local balance = redis.call('HGET', keys[ACCOUNT], 'balance')
-  redis.call('XADD', keys[ENTRIES], whole(seq) .. '-0',
-    'kind', entry.kind, 'request', entry.request, 'tenant', entry.tenant,
-    'key', entry.key or '', 'model', entry.model or '',
-    'prompt', entry.prompt or '0', 'completion', entry.completion or '0', 'cached', entry.cached or '0',
-    'input', entry.input or '0', 'output', entry.output or '0', 'version', entry.version or '',
-    'amount', entry.amount, 'balance', balance, 'note', entry.note or '', 'at', whole(now_ms()))
-  return balance
+  local state = redis.call('HMGET', keys[ACCOUNT], 'balance', 'held', 'link', 'at')
+  entry.balance, entry.held = state[1], state[2]
+  entry.at = whole(math.max(now_ms(), tonumber(state[4])))
+  local fields, values = {}, {state[3] or NO_LINK, whole(seq)}
+  for _, name in ipairs(ENTRY_FIELDS) do
+    local value = entry[name] or (COUNTS[name] and '0') or ''
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
+    values[#values + 1] = value
+  end
+  entry.seq, entry.link = whole(seq), redis.sha1hex(table.concat(values, '\31'))
+  redis.call('XADD', keys[ENTRIES], entry.seq .. '-0', 'link', entry.link, unpack(fields))
+  redis.call('HSET', keys[ACCOUNT], 'link', entry.link, 'at', entry.at)
+  return entry
 end
 
-local function pack_terms(key, model, input, output, version)
-  return table.concat({key, model, input, output, version}, '\31')
+local function pack_terms(terms)
+  local values = {}
+  for index, name in ipairs(TERMS_FIELDS) do
+    values[index] = terms[name]
+  end
+  return table.concat(values, '\31')
 end
 
-local function unpack_terms(terms)
-  local key, model, input, output, version =
-    string.match(terms, '^([^\31]*)\31([^\31]*)\31([^\31]*)\31([^\31]*)\31([^\31]*)$')
-  return {key = key, model = model, input = input, output = output, version = version}
+-- What stands behind the terms of a hold: the day that it counts for, the tokens that it counts with, and what
+-- its tenant's tier allowed to be spent.
+local BEHIND_TERMS = {'day', 'tokens', 'spend_per_day', 'spend_per_month'}
+
+local function unpack_terms(text)
+  local terms, behind, values = {}, {}, {}
+  for value in string.gmatch(text .. '\31', '([^\31]*)\31') do
+    values[#values + 1] = value
+  end
+  for index, name in ipairs(TERMS_FIELDS) do
+    terms[name] = values[index] or ''
+  end
+  for index, name in ipairs(BEHIND_TERMS) do
+    behind[name] = values[#TERMS_FIELDS + index] or '0'
+  end
+  return terms, behind
 end
 
+-- Arguments: name.
 local function account_open(keys, args)
-  local name = args[1]
   local fault, absent = look_at(keys)
   if fault then
     return fault
@@ -77,13 +160,29 @@ local function account_open(keys, args)
   if not absent then
     return {'exists'}
   end
-  redis.call('HSET', keys[ACCOUNT], 'name', name, 'created', whole(now_ms()),
-    'balance', '0', 'held', '0', 'charged', '0', 'granted', '0', 'refunded', '0', 'seq', '0')
+  local now = whole(now_ms())
+  redis.call('HSET', keys[ACCOUNT], 'name', args[1], 'created', now, 'status', 'active', 'tier', '',
+    'balance', '0', 'available', '0', 'held', '0', 'charged', '0', 'granted', '0', 'refunded', '0', 'adjusted', '0',
+    'credit', '0', 'seq', '0', 'archived', '0', 'link', NO_LINK, 'at', now)
   return {'opened'}
 end
 
+-- Whether something of this name was done before: nothing, or an answer for the caller. `what` is compared, so
+-- that one name never stands for two things.
+local function done_before(keys, name, what)
+  local before = redis.call('HGET', keys[ENDED], name)
+  if not before then
+    return nil
+  end
+  if before ~= what then
+    return {'other', before}
+  end
+  return {'repeated', redis.call('HGET', keys[ACCOUNT], 'balance')}
+end
+
+-- Money that a person moves. Arguments: tenant, reference, amount, note, and for a refund its request.
 local function grant(keys, args)
-  local tenant, reference, amount, note = args[1], args[2], args[3], args[4]
+  local ask = named(args, {'tenant', 'reference', 'amount', 'note'})
   local fault, absent = look_at(keys)
   if fault then
     return fault
@@ -91,28 +190,37 @@ local function grant(keys, args)
   if absent then
     return {'unknown_tenant'}
   end
-  if not is_amount(amount) or amount == '0' then
+  if not is_amount(ask.amount) or ask.amount == '0' then
     return {'bad_amount'}
   end
-  local once = 'grant ' .. reference
-  if redis.call('HEXISTS', keys[ENDED], once) == 1 then
-    return {'repeated', redis.call('HGET', keys[ACCOUNT], 'balance')}
+  local once, what = 'grant ' .. ask.reference, ask.amount .. ' ' .. redis.sha1hex(ask.note)
+  local before = done_before(keys, once, what)
+  if before then
+    return before
   end
-  -- Everything that a tenant has or had was granted or refunded, so this is the only sum that can overflow.
-  local added = redis.pcall('HINCRBY', keys[ACCOUNT], 'granted', amount)
+  -- What may be spent can overflow by this and by the credit line alone; whatever else a tenant has or had was
+  -- granted to it.
+  local added = redis.pcall('HINCRBY', keys[ACCOUNT], 'granted', ask.amount)
   if type(added) == 'table' and added.err then
     return {'overflow'}
   end
-  redis.call('HINCRBY', keys[ACCOUNT], 'balance', amount)
-  redis.call('HSET', keys[ENDED], once, amount)
-  return {'granted', append(keys, {kind = 'grant', request = reference, tenant = tenant, amount = amount, note = note})}
+  local available = redis.pcall('HINCRBY', keys[ACCOUNT], 'available', ask.amount)
+  if type(available) == 'table' and available.err then
+    redis.call('HINCRBY', keys[ACCOUNT], 'granted', minus(ask.amount))
+    return {'overflow'}
+  end
+  redis.call('HINCRBY', keys[ACCOUNT], 'balance', ask.amount)
+  redis.call('HSET', keys[ENDED], once, what)
+  local entry = append(keys, {
+    kind = 'grant', reference = ask.reference, tenant = ask.tenant, amount = ask.amount, note = ask.note,
+  })
+  watch_balance(keys)
+  return {'granted', entry.balance, entry.seq}
 end
 
-local function hold(keys, args)
-  local tenant, request, amount, lease_ms = args[1], args[2], args[3], tonumber(args[4])
-  local key, model, prompt, completion = args[5], args[6], args[7], args[8]
-  local input, output, version = args[9], args[10], args[11]
-  local requests_max, tokens_max = tonumber(args[12]), tonumber(args[13])
+-- A correction, up or down.
+local function adjust(keys, args)
+  local ask = named(args, {'tenant', 'reference', 'amount', 'note'})
   local fault, absent = look_at(keys)
   if fault then
     return fault
@@ -120,59 +228,40 @@ local function hold(keys, args)
   if absent then
     return {'unknown_tenant'}
   end
-  if not is_amount(amount) then
+  if not is_signed_amount(ask.amount) or ask.amount == '0' then
     return {'bad_amount'}
   end
-  if redis.call('HEXISTS', keys[HOLDS], request) == 1 or redis.call('HEXISTS', keys[ENDED], request) == 1 then
-    return {'repeated'}
+  local once, what = 'adjust ' .. ask.reference, ask.amount .. ' ' .. redis.sha1hex(ask.note)
+  local before = done_before(keys, once, what)
+  if before then
+    return before
   end
-  if redis.call('HINCRBY', keys[ACCOUNT], 'balance', minus(amount)) < 0 then
-    redis.call('HINCRBY', keys[ACCOUNT], 'balance', amount)
+  local adjusted = redis.pcall('HINCRBY', keys[ACCOUNT], 'adjusted', ask.amount)
+  if type(adjusted) == 'table' and adjusted.err then
+    return {'overflow'}
+  end
+  local available = redis.pcall('HINCRBY', keys[ACCOUNT], 'available', ask.amount)
+  if type(available) == 'table' and available.err then
+    redis.call('HINCRBY', keys[ACCOUNT], 'adjusted', minus(ask.amount))
+    return {'overflow'}
+  end
+  if available < 0 and string.sub(ask.amount, 1, 1) == '-' then
+    redis.call('HINCRBY', keys[ACCOUNT], 'available', minus(ask.amount))
+    redis.call('HINCRBY', keys[ACCOUNT], 'adjusted', minus(ask.amount))
     return {'insufficient', redis.call('HGET', keys[ACCOUNT], 'balance')}
   end
-  local tokens = tonumber(prompt) + tonumber(completion)
-  local refused, told = rate_take(keys[RATES], request, requests_max, tokens_max, tokens)
-  if refused then
-    redis.call('HINCRBY', keys[ACCOUNT], 'balance', amount)
-    return {'rate', refused[1], refused[2], unpack(told)}
-  end
-  redis.call('HINCRBY', keys[ACCOUNT], 'held', amount)
-  redis.call('HSET', keys[HOLDS], request, amount)
-  redis.call('HSET', keys[TERMS], request, pack_terms(key, model, input, output, version))
-  redis.call('ZADD', keys[LEASES], whole(now_ms() + lease_ms), request)
-  append(keys, {
-    kind = 'hold', request = request, tenant = tenant, key = key, model = model, prompt = prompt,
-    completion = completion, input = input, output = output, version = version, amount = amount,
+  redis.call('HINCRBY', keys[ACCOUNT], 'balance', ask.amount)
+  redis.call('HSET', keys[ENDED], once, what)
+  local entry = append(keys, {
+    kind = 'adjust', reference = ask.reference, tenant = ask.tenant, amount = ask.amount, note = ask.note,
   })
-  return {'held', unpack(told)}
+  watch_balance(keys)
+  return {'adjusted', entry.balance, entry.seq}
 end
 
--- Takes an open hold off the books, and leaves its money in nobody's hands: the caller books it at once.
--- Answers false if the account does not have as much on hold.
-local function close_hold(keys, request, held, outcome)
-  if redis.call('HINCRBY', keys[ACCOUNT], 'held', minus(held)) < 0 then
-    redis.call('HINCRBY', keys[ACCOUNT], 'held', held)
-    return false
-  end
-  redis.call('HDEL', keys[HOLDS], request)
-  redis.call('HDEL', keys[TERMS], request)
-  redis.call('ZREM', keys[LEASES], request)
-  redis.call('HSET', keys[ENDED], request, outcome)
-  return true
-end
-
-local function less_held_than_open(keys)
-  return redis.error_reply('DAMAGED ' .. keys[ACCOUNT] .. ' has less on hold than its open holds')
-end
-
-local function settle(keys, args)
-  local tenant, request, amount, key, model = args[1], args[2], args[3], args[4], args[5]
-  local prompt, completion, cached = args[6], args[7], args[8]
-  local input, output, version, reason = args[9], args[10], args[11], args[12]
-  local ended = redis.call('HGET', keys[ENDED], request)
-  if ended then
-    return {'ended', ended}
-  end
+-- Gives back what a request was charged, or a part of it.
+local function refund(keys, args)
+  local ask = named(args, {'tenant', 'reference', 'amount', 'note', 'request'})
   local fault, absent = look_at(keys)
   if fault then
     return fault
@@ -180,97 +269,118 @@ local function settle(keys, args)
   if absent then
     return {'unknown_tenant'}
   end
-  if not is_amount(amount) then
+  if not is_amount(ask.amount) or ask.amount == '0' then
     return {'bad_amount'}
   end
-  local held = redis.call('HGET', keys[HOLDS], request)
-  if not held then
-    return {'absent'}
+  local once = 'refund ' .. ask.reference
+  local what = ask.amount .. ' ' .. ask.request .. ' ' .. redis.sha1hex(ask.note)
+  local before = done_before(keys, once, what)
+  if before then
+    return before
   end
-  if redis.call('HGET', keys[TERMS], request) ~= pack_terms(key, model, input, output, version) then
-    return {'other_terms'}
+  local charged = string.match(redis.call('HGET', keys[ENDED], ask.request) or '', '^post (%d+) ')
+  if not charged then
+    return {'not_charged'}
   end
-  if redis.call('HINCRBY', keys[HOLDS], request, minus(amount)) < 0 then
-    redis.call('HINCRBY', keys[HOLDS], request, amount)
-    return {'exceeds_hold', held}
+  local refundable = 'refundable ' .. ask.request
+  redis.call('HSETNX', keys[ENDED], refundable, charged)
+  if redis.call('HINCRBY', keys[ENDED], refundable, minus(ask.amount)) < 0 then
+    return {'exceeds_charge', whole(redis.call('HINCRBY', keys[ENDED], refundable, ask.amount))}
   end
-  local rest = redis.call('HGET', keys[HOLDS], request)
-  if not close_hold(keys, request, held, 'post ' .. amount) then
-    redis.call('HINCRBY', keys[HOLDS], request, amount)
-    return less_held_than_open(keys)
-  end
-  redis.call('HINCRBY', keys[ACCOUNT], 'balance', rest)
-  redis.call('HINCRBY', keys[ACCOUNT], 'charged', amount)
-  rate_give_back(keys[RATES], request, tonumber(prompt) + tonumber(completion))
-  return {'posted', append(keys, {
-    kind = 'post', request = request, tenant = tenant, key = key, model = model, prompt = prompt,
-    completion = completion, cached = cached, input = input, output = output, version = version,
-    amount = amount, note = reason,
-  })}
+  redis.call('HINCRBY', keys[ACCOUNT], 'refunded', ask.amount)
+  move_balance(keys, ask.amount)
+  redis.call('HSET', keys[ENDED], once, what)
+  local entry = append(keys, {
+    kind = 'refund', request = ask.request, reference = ask.reference, tenant = ask.tenant, amount = ask.amount,
+    note = ask.note,
+  })
+  watch_balance(keys)
+  return {'refunded', entry.balance, entry.seq}
 end
 
-local function release_one(keys, tenant, request, reason)
-  local held = redis.call('HGET', keys[HOLDS], request)
-  if not held then
-    return false
-  end
-  local entry = unpack_terms(redis.call('HGET', keys[TERMS], request) or '')
-  if not close_hold(keys, request, held, 'release ' .. reason) then
-    return less_held_than_open(keys)
-  end
-  redis.call('HINCRBY', keys[ACCOUNT], 'balance', held)
-  rate_give_back(keys[RATES], request, 0)
-  entry.kind, entry.request, entry.tenant, entry.amount, entry.note = 'release', request, tenant, held, reason
-  append(keys, entry)
-  return true
-end
-
-local function release(keys, args)
-  local tenant, request, reason = args[1], args[2], args[3]
-  local fault = look_at(keys)
+-- Sets the credit line: how far below zero the balance may go. Arguments: tenant, amount, note.
+local function credit(keys, args)
+  local ask = named(args, {'tenant', 'amount', 'note'})
+  local fault, absent, account = look_at(keys)
   if fault then
     return fault
   end
-  local released = release_one(keys, tenant, request, reason)
-  if type(released) == 'table' then
-    return released
+  if absent then
+    return {'unknown_tenant'}
   end
-  return {released and 'released' or 'absent'}
+  if not is_amount(ask.amount) then
+    return {'bad_amount'}
+  end
+  if ask.amount == account.credit then
+    return {'repeated', account.balance}
+  end
+  redis.call('HINCRBY', keys[ACCOUNT], 'available', minus(account.credit))
+  local available = redis.pcall('HINCRBY', keys[ACCOUNT], 'available', ask.amount)
+  if type(available) == 'table' and available.err then
+    redis.call('HINCRBY', keys[ACCOUNT], 'available', account.credit)
+    return {'overflow'}
+  end
+  redis.call('HSET', keys[ACCOUNT], 'credit', ask.amount)
+  local entry = append(keys, {kind = 'credit', tenant = ask.tenant, amount = ask.amount, note = ask.note})
+  watch_balance(keys)
+  return {'set', entry.balance, entry.seq}
 end
 
-local function renew(keys, args)
-  local expiry = whole(now_ms() + tonumber(args[1]))
-  local renewed = 0
-  for index = 2, #args do
-    if redis.call('HEXISTS', keys[HOLDS], args[index]) == 1 then
-      redis.call('ZADD', keys[LEASES], expiry, args[index])
-      renewed = renewed + 1
-    end
-  end
-  return {'renewed', renewed}
-end
-
-local function sweep(keys, args)
-  local tenant, limit, all = args[1], args[2], args[3] == '1'
-  local fault = look_at(keys)
+-- Changes what an account says beside its money. Arguments: field and value, in pairs; an empty value of a limit
+-- takes it away.
+local function account_set(keys, args)
+  local fault, absent = look_at(keys)
   if fault then
     return fault
   end
-  local until_ms = all and '+inf' or whole(now_ms())
-  local expired = redis.call('ZRANGEBYSCORE', keys[LEASES], '-inf', until_ms, 'LIMIT', 0, limit)
-  local swept = 0
-  for _, request in ipairs(expired) do
-    local released = release_one(keys, tenant, request, 'expired')
-    if type(released) == 'table' then
-      return released
-    end
-    if released then
-      swept = swept + 1
+  if absent then
+    return {'unknown_tenant'}
+  end
+  for index = 1, #args, 2 do
+    if args[index + 1] == '' and string.sub(args[index], 1, 6) == 'limit:' then
+      redis.call('HDEL', keys[ACCOUNT], args[index])
     else
-      redis.call('ZREM', keys[LEASES], request)
+      redis.call('HSET', keys[ACCOUNT], args[index], args[index + 1])
     end
   end
-  return {'swept', swept, #expired}
+  watch_balance(keys)
+  return {'set'}
+end
+
+-- The same for a key's record, which must be there. Arguments: key, then field and value, in pairs.
+local function key_set(keys, args)
+  local record = beside(keys, 'key:' .. args[1])
+  if redis.call('EXISTS', record) == 0 then
+    return {'unknown_key'}
+  end
+  for index = 2, #args, 2 do
+    if args[index + 1] == '' then
+      redis.call('HDEL', record, args[index])
+    else
+      redis.call('HSET', record, args[index], args[index + 1])
+    end
+  end
+  return {'set'}
+end
+
+-- What of the day's and the month's limits is used. Arguments: key ('' for the tenant alone). Answers the account's
+-- tier and own limits, then day and month with ms left of them, then for the tenant and the key: open requests,
+-- requests, tokens and spend of the day, spend of the month.
+local function standing(keys, args)
+  local now = now_ms()
+  local day = day_name(now)
+  local answer = {
+    redis.call('HMGET', keys[ACCOUNT], 'tier', unpack(LIMIT_FIELDS)),
+    redis.call('HMGET', beside(keys, 'key:' .. args[1]), unpack(LIMIT_FIELDS)),
+    {day, whole(ms_left_of_day(now)), whole(ms_left_of_month(now))},
+  }
+  for _, party in ipairs((parties_of(keys, args[1], {}, {}, now))) do
+    answer[#answer + 1] = {
+      whole(party.open), whole(party.requests_day), whole(party.tokens_day), whole(party.spend_per_day),
+      whole(party.spend_per_month),
+    }
+  end
+  return answer
 end
 
 -- The account and its open holds at one instant. Entries up to `seq` cannot change afterwards, so whoever
@@ -280,16 +390,19 @@ local function snapshot(keys)
     redis.call('HGETALL', keys[ACCOUNT]),
     redis.call('HGETALL', keys[HOLDS]),
     redis.call('ZRANGE', keys[LEASES], 0, -1),
+    redis.call('HGETALL', keys[TERMS]),
+    redis.call('HGETALL', keys[OPEN]),
     redis.call('HLEN', keys[ENDED]),
     redis.call('XLEN', keys[ENTRIES]),
   }
 end
 
 register('account_open', account_open)
+register('account_set', account_set)
+register('key_set', key_set)
 register('grant', grant)
-register('hold', hold)
-register('settle', settle)
-register('release', release)
-register('renew', renew)
-register('sweep', sweep)
+register('adjust', adjust)
+register('refund', refund)
+register('credit', credit)
+register('standing', standing, {'no-writes'})
 register('snapshot', snapshot, {'no-writes'})

@@ -4,15 +4,15 @@ use std::{collections::BTreeMap, net::TcpListener, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use lightcone::{
-    admission::RateLimits,
+    admission::{Limits, Tier, Tiers},
     config,
     domain::{
-        Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceBook, Priority, RequestId,
+        Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceList, Priority, RequestId,
         TokenEvent, Usage,
     },
     edge::{self, EdgeHandle, EdgeSpec, ServedModel},
     grammar::Grammars,
-    ledger::{Ledger, ReleaseReason, Settlement},
+    ledger::{Ledger, Prices, ReleaseReason, Settlement},
     model::Vocabulary,
     prompt::{Encoder, PromptError, PromptModel, Template},
     queue::{Queue, QueueLimits, ReplyHub, WorkerLink, reply::Cancellations},
@@ -84,7 +84,7 @@ pub struct Furniture {
     pub balance: i64,
     /// Of its holds.
     pub lease: Duration,
-    pub limits: RateLimits,
+    pub limits: Limits,
     pub priority_max: Priority,
 }
 
@@ -95,7 +95,7 @@ impl Default for Furniture {
             depth_max: 8,
             balance: 1_000_000_000,
             lease: LEASE,
-            limits: RateLimits::default(),
+            limits: Limits::default(),
             priority_max: Priority::High,
         }
     }
@@ -130,25 +130,25 @@ impl Front {
         let grammars = Arc::new(Grammars::new(Arc::new(Vocabulary::of_text(texts.collect(), vec![1000]))));
         let context_tokens_max = CONTEXT as usize;
         let prompt = PromptModel { template, encoder: Arc::new(Bytes), grammars, context_tokens_max };
-        let price = Price { input: NanoUsd::new(200), output: NanoUsd::new(300) };
+        let price = Price::flat(NanoUsd::new(200), NanoUsd::new(300));
         let served = ServedModel {
             description: "for tests".into(),
             owned_by: "tzafon".into(),
             created: 1_763_769_600,
             context_tokens_max: CONTEXT,
             output_tokens_max: OUTPUT_MAX,
-            price,
         };
-        let book = PriceBook { version: PRICE_VERSION.into(), prices: BTreeMap::from([(MODEL.into(), price)]) };
+        let prices = BTreeMap::from([(MODEL.into(), price)]);
+        let prices = PriceList { version: PRICE_VERSION.into(), from_unix_ms: 0, prices };
+        let tiers = Tiers { standard: Tier { limits, priority_max }, named: BTreeMap::new() };
         let store = house.store.clone();
         let spec = EdgeSpec {
             settings,
             models: BTreeMap::from([(MODEL.into(), served)]),
             prompts: BTreeMap::from([(MODEL.into(), prompt)]),
-            price_version: book.version,
+            prices: Prices::new(house.store.clone(), prices),
             wait_max: Duration::from_secs(60),
-            admission: house.admission.clone().with_limits(limits),
-            priority_max,
+            admission: house.admission.clone().with_tiers(tiers),
             ledger: Ledger::new(house.store.clone(), hold_lease),
             queue: queue.clone(),
             records: Records::new(house.store.clone(), Retention::default(), hold_lease),
@@ -222,7 +222,8 @@ impl Front {
             usage,
             price: job.price,
             price_version: job.price_version.clone(),
-            reason,
+            reason: reason.into(),
+            digest: None,
         };
         self.house.ledger.settle(&settlement).await.expect("a settlement");
         self.acknowledge(claim, completion_tokens).await;

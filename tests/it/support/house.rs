@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use lightcone::{
     admission::{Admission, AdmitError, AdmittedRequest, Ask, Principal, Scope},
-    domain::{FinishReason, NanoUsd, Price, RequestId, TenantId, Usage},
-    ledger::{Balance, Ledger, Settlement},
+    domain::{NanoUsd, Price, RequestId, TenantId, Usage},
+    ledger::{Balance, EndReason, Ledger, Settlement},
     operator::Accounts,
     store::Store,
 };
@@ -15,7 +15,7 @@ use super::valkey::Valkey;
 /// Long enough that nothing expires while a test runs.
 pub const LEASE: Duration = Duration::from_secs(600);
 pub const MODEL: &str = "tzafon.sm-1";
-pub const PRICE: Price = Price { input: NanoUsd::new(200), output: NanoUsd::new(300) };
+pub const PRICE: Price = Price::flat(NanoUsd::new(200), NanoUsd::new(300));
 pub const PRICE_VERSION: &str = "2026-11";
 
 pub struct House {
@@ -80,6 +80,7 @@ pub fn ask(prompt_tokens: u32, output_tokens_max: u32) -> Ask {
         price_version: PRICE_VERSION.to_owned(),
         prompt_tokens,
         output_tokens_max,
+        choices: 1,
     }
 }
 
@@ -92,7 +93,8 @@ pub fn settlement(admitted: &AdmittedRequest, completion_tokens: u32) -> Settlem
         usage: Usage { prompt_tokens: admitted.prompt_tokens(), completion_tokens, cached_tokens: 0 },
         price: admitted.price(),
         price_version: admitted.price_version().to_owned(),
-        reason: FinishReason::Stop,
+        reason: EndReason::Stop,
+        digest: None,
     }
 }
 

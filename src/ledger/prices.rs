@@ -1,0 +1,112 @@
+//! The price book: what is configured, and the price lists that were published since, each from its date on.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::Mutex;
+
+use crate::{
+    domain::{ModelId, Price, PriceBook, PriceList},
+    store::{Store, StoreError, keys},
+};
+
+/// How old what is known of the book may be.
+const AGE_MAX: Duration = Duration::from_millis(500);
+/// Longest name of a version.
+const VERSION_BYTES_MAX: usize = 64;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PricesError {
+    #[error("there is no price for model {0}")]
+    NoPrice(ModelId),
+    #[error("price version `{0}` exists already; a published list is never changed")]
+    VersionTaken(String),
+    #[error("prices cannot be changed in the past: `from` is {from_unix_ms} and it is {now_unix_ms} by the store's clock")]
+    InThePast { from_unix_ms: u64, now_unix_ms: u64 },
+    #[error("a price version must have 1 to {VERSION_BYTES_MAX} letters, digits, dots, dashes or underscores")]
+    BadVersion,
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Prices {
+    store: Store,
+    configured: Arc<PriceList>,
+    known: Arc<Mutex<Option<Known>>>,
+}
+
+#[derive(Clone)]
+struct Known {
+    asked: Instant,
+    /// By the store's clock, when it was asked.
+    unix_ms: u64,
+    book: Arc<PriceBook>,
+}
+
+impl Prices {
+    /// `configured` holds wherever nothing else was published.
+    pub fn new(store: Store, configured: PriceList) -> Self {
+        Self { store, configured: Arc::new(configured), known: Arc::default() }
+    }
+
+    /// What a token of a model costs now, and the version that says so.
+    pub async fn current(&self, model: &ModelId) -> Result<(Price, String), PricesError> {
+        let Known { asked, unix_ms, book } = self.known().await?;
+        let passed = u64::try_from(asked.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let found = book.at(model, unix_ms.saturating_add(passed));
+        let found = found.map(|(price, version)| (price, version.to_owned()));
+        found.ok_or_else(|| PricesError::NoPrice(model.clone()))
+    }
+
+    /// All lists, the configured one among them.
+    pub async fn book(&self) -> Result<Arc<PriceBook>, PricesError> {
+        Ok(self.known().await?.book)
+    }
+
+    /// Adds a list that holds from its date on, on every edge within a second. Requests under way keep the price at
+    /// which they were admitted.
+    pub async fn publish(&self, list: &PriceList) -> Result<(), PricesError> {
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        let is_name = (1..=VERSION_BYTES_MAX).contains(&list.version.len()) && list.version.bytes().all(is_plain);
+        if !is_name {
+            return Err(PricesError::BadVersion);
+        }
+        let now_unix_ms = self.store.now_unix_ms().await?;
+        if list.from_unix_ms < now_unix_ms {
+            return Err(PricesError::InThePast { from_unix_ms: list.from_unix_ms, now_unix_ms });
+        }
+        let taken = || PricesError::VersionTaken(list.version.clone());
+        if list.version == self.configured.version {
+            return Err(taken());
+        }
+        let json = serde_json::to_string(list).expect("prices serialise");
+        let mut command = redis::cmd("HSETNX");
+        command.arg(keys::PRICES).arg(&list.version).arg(json);
+        let is_new: bool = self.store.query(&command).await?;
+        *self.known.lock() = None;
+        if is_new { Ok(()) } else { Err(taken()) }
+    }
+
+    async fn known(&self) -> Result<Known, StoreError> {
+        let known = self.known.lock().clone();
+        if let Some(known) = known.filter(|known| known.asked.elapsed() < AGE_MAX) {
+            return Ok(known);
+        }
+        let asked = Instant::now();
+        let published: Vec<String> = self.store.query(redis::cmd("HVALS").arg(keys::PRICES)).await?;
+        let unix_ms = self.store.now_unix_ms().await?;
+        let read = |json: &String| serde_json::from_str::<PriceList>(json);
+        let mut lists = published.iter().map(read).collect::<Result<Vec<_>, _>>().map_err(|error| {
+            // Whoever cannot read a price must not make one up.
+            StoreError::Damaged(format!("price list: {error}"))
+        })?;
+        lists.push((*self.configured).clone());
+        let known = Known { asked, unix_ms, book: Arc::new(PriceBook::new(lists)) };
+        *self.known.lock() = Some(known.clone());
+        Ok(known)
+    }
+}
