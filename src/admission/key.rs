@@ -194,8 +194,7 @@ pub(crate) struct Secret {
 }
 
 pub(crate) async fn secret(store: &Store, hash: &SecretHash) -> Result<Option<Secret>, StoreError> {
-    let fields: HashMap<String, String> =
-        store.query(redis::cmd("HGETALL").arg(keys::secret(&hash.to_hex()))).await?;
+    let fields: HashMap<String, String> = store.query(redis::cmd("HGETALL").arg(keys::secret(&hash.to_hex()))).await?;
     if fields.is_empty() {
         return Ok(None);
     }

@@ -14,8 +14,8 @@ use std::{
     time::Duration,
 };
 
-pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
 pub(crate) use key::limits_in;
+pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
 pub use limits::{LIMIT_MAX, LimitKind, Limits, Party, Rate, Rates, Tier, Tiers};
 
 use crate::{

@@ -38,8 +38,8 @@ pub enum Rule {
 }
 
 use Rule::{
-    Address, CpuSet, Endpoint, Flag, Integer, LogFilter, OneOf, Origins, RedisUrl, Secret, SomeOf, Text, Usd,
-    UsdLimit, UsdPerMillion, UsdPerMillionOrEmpty, Word,
+    Address, CpuSet, Endpoint, Flag, Integer, LogFilter, OneOf, Origins, RedisUrl, Secret, SomeOf, Text, Usd, UsdLimit,
+    UsdPerMillion, UsdPerMillionOrEmpty, Word,
 };
 
 const HOUR_MS: i64 = 3_600_000;

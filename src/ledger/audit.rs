@@ -187,7 +187,10 @@ impl Audit {
             [("balance", entry.balance, self.books.balance), ("amount on hold", entry.held, self.books.held)]
         {
             if i128::from(says.nano()) != makes {
-                self.fault(format!("entry {seq} says that the {name} is {} where the entries make it {makes}", says.nano()));
+                self.fault(format!(
+                    "entry {seq} says that the {name} is {} where the entries make it {makes}",
+                    says.nano()
+                ));
             }
         }
         if takes_from_balance(entry) && self.books.balance + self.books.credit < 0 {

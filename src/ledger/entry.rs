@@ -16,8 +16,26 @@ pub const NO_LINK: &str = "0000000000000000000000000000000000000000";
 
 /// What an entry's link covers, in this order; behind the link before it and its own number.
 const LINKED: [&str; 20] = [
-    "kind", "request", "reference", "tenant", "key", "model", "prompt", "completion", "cached", "input", "output",
-    "cached_input", "version", "amount", "hold", "balance", "held", "note", "digest", "at",
+    "kind",
+    "request",
+    "reference",
+    "tenant",
+    "key",
+    "model",
+    "prompt",
+    "completion",
+    "cached",
+    "input",
+    "output",
+    "cached_input",
+    "version",
+    "amount",
+    "hold",
+    "balance",
+    "held",
+    "note",
+    "digest",
+    "at",
 ];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -58,7 +58,11 @@ pub enum LedgerError {
     NotCharged(RequestId),
     #[error("of {request} only {left} is left to be given back")]
     ExceedsCharge { request: RequestId, left: NanoUsd },
-    #[error("a note may have at most {} bytes, a reference 1 to {}, none of them control characters", funds::TEXT_BYTES_MAX, funds::TEXT_BYTES_MAX)]
+    #[error(
+        "a note may have at most {} bytes, a reference 1 to {}, none of them control characters",
+        funds::TEXT_BYTES_MAX,
+        funds::TEXT_BYTES_MAX
+    )]
     BadText,
     #[error(transparent)]
     Money(#[from] MoneyError),
@@ -205,12 +209,7 @@ impl Ledger {
 
     /// Sets more output tokens aside for an open request, at its own price: as many of `wanted` as there is money
     /// for. Not safe to repeat after a lost answer, but harmless: what is on hold and not used goes back at the end.
-    pub async fn extend(
-        &self,
-        tenant: &TenantId,
-        request: &RequestId,
-        wanted: u32,
-    ) -> Result<Extended, LedgerError> {
+    pub async fn extend(&self, tenant: &TenantId, request: &RequestId, wanted: u32) -> Result<Extended, LedgerError> {
         let arguments = [tenant.as_str(), request.as_str(), &wanted.to_string()];
         let mut reply = self.call(Function::Extend, tenant, &arguments).await?;
         match reply.word() {

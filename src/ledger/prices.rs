@@ -23,7 +23,9 @@ pub enum PricesError {
     NoPrice(ModelId),
     #[error("price version `{0}` exists already; a published list is never changed")]
     VersionTaken(String),
-    #[error("prices cannot be changed in the past: `from` is {from_unix_ms} and it is {now_unix_ms} by the store's clock")]
+    #[error(
+        "prices cannot be changed in the past: `from` is {from_unix_ms} and it is {now_unix_ms} by the store's clock"
+    )]
     InThePast { from_unix_ms: u64, now_unix_ms: u64 },
     #[error("a price version must have 1 to {VERSION_BYTES_MAX} letters, digits, dots, dashes or underscores")]
     BadVersion,

@@ -114,11 +114,11 @@ impl Ledger {
         if account.is_empty() && entries == 0 && holds.is_empty() {
             return Ok(None);
         }
-        let text = |name: &str| {
-            account.get(name).cloned().ok_or_else(|| StoreError::Damaged(format!("account lacks {name}")))
-        };
+        let text =
+            |name: &str| account.get(name).cloned().ok_or_else(|| StoreError::Damaged(format!("account lacks {name}")));
         let field = |name: &str| entry::whole(&text(name)?, name).map_err(StoreError::Damaged);
-        let count = |name: &str| u64::try_from(field(name)?).map_err(|_| StoreError::Damaged(format!("negative {name}")));
+        let count =
+            |name: &str| u64::try_from(field(name)?).map_err(|_| StoreError::Damaged(format!("negative {name}")));
         let holds = holds
             .into_iter()
             .map(|(request, amount)| Ok((request, entry::whole(&amount, "open hold").map_err(StoreError::Damaged)?)))

@@ -218,7 +218,8 @@ impl Accounts {
         action: &'static str,
         fields: Vec<(String, String)>,
     ) -> Result<Tenant, OperatorError> {
-        let change = fields.iter().fold(Change::of(action, id), |change, (name, value)| change.with(name, value.as_str()));
+        let change =
+            fields.iter().fold(Change::of(action, id), |change, (name, value)| change.with(name, value.as_str()));
         self.log.write(change).await?;
         let arguments: Vec<&[u8]> =
             fields.iter().flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]).collect();

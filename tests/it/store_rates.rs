@@ -107,7 +107,10 @@ async fn what_can_never_fit_is_told_so() {
     let house = House::with_balance(1_000_000_000).await;
     let edge = limited(&house, limits(0, 100)).await;
     let refused = edge.admit(&house.principal, ask(50, 51)).await.unwrap_err();
-    assert!(matches!(refused, AdmitError::Limited { kind: LimitKind::TokensPerMinute, wait_ms: None, .. }), "{refused}");
+    assert!(
+        matches!(refused, AdmitError::Limited { kind: LimitKind::TokensPerMinute, wait_ms: None, .. }),
+        "{refused}"
+    );
     assert_eq!(house.balance().await.held, NanoUsd::ZERO);
 }
 

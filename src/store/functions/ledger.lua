@@ -9,7 +9,7 @@ local MONEY_FIELDS = {
   'balance', 'available', 'held', 'charged', 'granted', 'refunded', 'adjusted', 'credit', 'seq', 'archived', 'at',
 }
 local EXACT_MAX = 9000000000000000
-local NO_LINK = string.rep('0', 40)
+local NO_LINK = '0000000000000000000000000000000000000000'
 -- What an entry consists of, in the order in which its link covers it.
 local ENTRY_FIELDS = {
   'kind', 'request', 'reference', 'tenant', 'key', 'model', 'prompt', 'completion', 'cached', 'input', 'output', 'cached_input',

@@ -11,10 +11,10 @@ local LIMITS = {
   'requests_per_minute', 'tokens_per_minute', 'requests_per_day', 'tokens_per_day', 'requests_at_once',
   'spend_per_day', 'spend_per_month',
 }
-local LIMIT_FIELDS = {}
-for index, name in ipairs(LIMITS) do
-  LIMIT_FIELDS[index] = 'limit:' .. name
-end
+local LIMIT_FIELDS = {
+  'limit:requests_per_minute', 'limit:tokens_per_minute', 'limit:requests_per_day', 'limit:tokens_per_day',
+  'limit:requests_at_once', 'limit:spend_per_day', 'limit:spend_per_month',
+}
 -- Longer than any request, and long enough to be looked at.
 local DAY_KEPT_SECONDS, MONTH_KEPT_SECONDS = 3 * 86400, 70 * 86400
 local CONCURRENT_WAIT_MS = 1000
