@@ -68,6 +68,7 @@ impl Tree {
         let spec = PoolSpec {
             model: model.clone(),
             sequences_max: 4,
+            step_tokens: 8,
             stall_max: Duration::from_secs(60),
             grammars: Arc::new(Grammars::new(Arc::clone(&file.vocabulary))),
             policy: RestartPolicy { delay_min: Duration::from_millis(5), ..RestartPolicy::default() },

@@ -9,7 +9,7 @@ mod money;
 mod price;
 mod usage;
 
-pub use event::{EventBody, FailureCode, FinishReason, StoppedBy, TokenDetail, TokenEvent};
+pub use event::{EventBody, FailureCode, FinishReason, FundsEnd, StoppedBy, TokenDetail, TokenEvent};
 pub use ids::{KeyId, ModelId, NodeId, RequestId, TenantId};
 pub use job::{Claim, GrammarSource, Job, Priority, ReplyTo, SamplingParams, Stops, Telling};
 pub use money::{MoneyError, NanoUsd};
