@@ -123,6 +123,8 @@ impl Bench {
             priority: Priority::Normal,
             lane: "bench".into(),
             cache_salt: vec![],
+            allowed_tokens: output_tokens_max,
+            step_tokens: 0,
         })
     }
 
@@ -132,13 +134,13 @@ impl Bench {
         let mut all = BTreeMap::new();
         for i in 0..streams {
             let text = self.text(40);
-            running.handle.submit(self.request(&format!("s{i}"), &text, 3000)?)?;
+            running.handle.submit(vec![self.request(&format!("s{i}"), &text, 3000)?])?;
         }
         running.listen_for(&mut all, Duration::from_secs(5), |_| false)?;
         let long = self.text(3960);
         let (submitted, request) = (Instant::now(), self.request("long", &long, 1)?);
         let tokens = request.prompt.len();
-        running.handle.submit(request)?;
+        running.handle.submit(vec![request])?;
         let has_ended = |all: &BTreeMap<String, Heard>| all.get("long").is_some_and(|heard| heard.ended);
         running.listen_for(&mut all, Duration::from_secs(180), has_ended)?;
         let first = submitted.elapsed();
@@ -175,7 +177,7 @@ impl Bench {
             for turn in ["first", "second"] {
                 let text = format!("{common} {}", self.text(8));
                 let started = Instant::now();
-                running.handle.submit(self.request(turn, &text, 1)?)?;
+                running.handle.submit(vec![self.request(turn, &text, 1)?])?;
                 let mut all = BTreeMap::new();
                 running.listen_for(&mut all, Duration::from_secs(60), |all| all.values().any(|heard| heard.ended))?;
                 times.push(started.elapsed().as_secs_f64() * 1e3);
@@ -195,7 +197,7 @@ impl Bench {
             let started = Instant::now();
             for i in 0..12 {
                 let text = format!("{common} {}", self.text(8));
-                running.handle.submit(self.request(&i.to_string(), &text, 32)?)?;
+                running.handle.submit(vec![self.request(&i.to_string(), &text, 32)?])?;
             }
             let mut all = BTreeMap::new();
             let done = |all: &BTreeMap<String, Heard>| all.values().filter(|heard| heard.ended).count() == 12;
@@ -221,7 +223,7 @@ impl Bench {
             for round in 0..6 {
                 let speculation = [Speculation::Off, Speculation::Auto][round % 2];
                 let mut running = self.start(speculation, false)?;
-                running.handle.submit(self.request("r", &task, 120)?)?;
+                running.handle.submit(vec![self.request("r", &task, 120)?])?;
                 let mut all = BTreeMap::new();
                 running.listen_for(&mut all, Duration::from_secs(60), |all| all.values().any(|heard| heard.ended))?;
                 let heard = &all["r"];
@@ -248,7 +250,7 @@ impl Bench {
                 for i in 0..8 {
                     let constraint = (round % 2 == 1).then(|| constraint.clone());
                     let request = self.request(&i.to_string(), &format!("{text} {i}"), 160)?;
-                    running.handle.submit(EngineRequest { constraint, ..request })?;
+                    running.handle.submit(vec![EngineRequest { constraint, ..request }])?;
                 }
                 let mut all = BTreeMap::new();
                 let done = |all: &BTreeMap<String, Heard>| all.values().filter(|heard| heard.ended).count() == 8;
@@ -317,7 +319,7 @@ impl Running {
             for event in events {
                 let heard = all.entry(event.request.to_string()).or_default();
                 match event.body {
-                    EngineEventBody::Prompt { .. } => {}
+                    EngineEventBody::Prompt { .. } | EngineEventBody::NeedsTokens { .. } => {}
                     EngineEventBody::Delta { tokens, .. } => {
                         heard.at.push(now);
                         heard.tokens += tokens;

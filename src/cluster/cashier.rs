@@ -91,7 +91,7 @@ impl Cashier {
     async fn end(&self, landing: Landing, flights: &Flights) {
         let Landing { claim, seq, outcome } = landing;
         match outcome {
-            Outcome::Finished { reason, usage } => {
+            Outcome::Finished { reason, usage, digest: _ } => {
                 if let Some(last) = self.settle(&claim, reason, usage, flights).await {
                     self.send(&claim, seq, last);
                 }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use crate::{
@@ -41,6 +42,8 @@ struct Flight {
     ended: u32,
     usage: Usage,
     reason: FinishReason,
+    /// Of each choice that has ended, in no order.
+    digests: Vec<(u32, [u8; 32])>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -56,6 +59,8 @@ pub enum Outcome {
     Finished {
         reason: FinishReason,
         usage: Usage,
+        /// SHA-256 of the digests of all choices, in their order.
+        digest: Option<[u8; 32]>,
     },
     Failed {
         code: FailureCode,
@@ -81,6 +86,8 @@ pub struct Advanced {
     pub landings: Vec<Landing>,
     /// Requests that ended while the engine still has choices of them.
     pub unwanted: Vec<RequestId>,
+    /// Requests that could use so many tokens more than are paid for.
+    pub needs: Vec<(Arc<Claim>, u32)>,
 }
 
 impl Flights {
@@ -111,7 +118,12 @@ impl Flights {
                     EventBody::Prompt { tokens }
                 }
                 EngineEventBody::Delta { text, tokens, details } => EventBody::Delta { choice, text, tokens, details },
-                EngineEventBody::Finished { reason, stopped_by, usage } => {
+                EngineEventBody::NeedsTokens { wanted } => {
+                    advanced.needs.push((Arc::clone(&flight.claim), wanted));
+                    continue;
+                }
+                EngineEventBody::Finished { reason, stopped_by, usage, digest } => {
+                    flight.digests.push((choice, digest));
                     if let Some(outcome) = flight.choice_ended(choice, reason, &usage) {
                         if outcome != Outcome::Withdrawn {
                             advanced.events.push(flight.event(EventBody::ChoiceEnded { choice, reason, stopped_by }));
@@ -233,6 +245,7 @@ impl Flight {
             ended: 0,
             usage: Usage::default(),
             reason: FinishReason::Stop,
+            digests: Vec::new(),
         }
     }
 
@@ -261,8 +274,17 @@ impl Flight {
         }
         // Who leaves before the first token has got nothing and pays nothing.
         let nothing = self.reason == FinishReason::Cancelled && self.usage.completion_tokens == 0 && !self.has_told;
-        let (reason, usage) = (self.reason, self.usage);
-        Some(if nothing { Outcome::Withdrawn } else { Outcome::Finished { reason, usage } })
+        let (reason, usage, digest) = (self.reason, self.usage, self.digest());
+        Some(if nothing { Outcome::Withdrawn } else { Outcome::Finished { reason, usage, digest } })
+    }
+
+    /// `None` where not every choice has told of its own.
+    fn digest(&mut self) -> Option<[u8; 32]> {
+        self.digests.sort_unstable_by_key(|(choice, _)| *choice);
+        let is_whole = self.digests.iter().map(|(choice, _)| *choice).eq(0..self.claim.job.choices);
+        let mut all = Sha256::new();
+        self.digests.iter().for_each(|(_, digest)| all.update(digest));
+        is_whole.then(|| all.finalize().into())
     }
 
     fn land(&mut self, outcome: Outcome) -> Landing {
@@ -274,7 +296,7 @@ impl Flight {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::testing::claim;
+    use crate::{cluster::testing::claim, domain::Job};
 
     fn delta(request: &str) -> EngineEvent {
         let body = EngineEventBody::Delta { text: "a".into(), tokens: 1, details: Vec::new() };
@@ -283,7 +305,7 @@ mod tests {
 
     fn finished(request: &str) -> EngineEvent {
         let (reason, usage) = (FinishReason::Stop, Usage::default());
-        let body = EngineEventBody::Finished { reason, stopped_by: None, usage };
+        let body = EngineEventBody::Finished { reason, stopped_by: None, usage, digest: [7; 32] };
         EngineEvent { request: request.into(), choice: 0, body }
     }
 
@@ -313,11 +335,48 @@ mod tests {
                 reason: FinishReason::Cancelled,
                 stopped_by: None,
                 usage: Usage { prompt_tokens: 100, completion_tokens, cached_tokens: 0 },
+                digest: [0; 32],
             },
         };
         let landings = flights.advance(vec![cancelled("a", 0), cancelled("b", 1)], 1).landings;
         assert_eq!(landings[0].outcome, Outcome::Withdrawn);
         assert!(matches!(landings[1].outcome, Outcome::Finished { reason: FinishReason::Cancelled, .. }));
+    }
+
+    #[test]
+    fn the_digest_of_a_request_is_that_of_its_choices_in_their_order_whichever_ends_first() {
+        let flights = Flights::default();
+        let two = |request: &str| {
+            let claim = claim(request, "edge");
+            Arc::new(Claim { job: Job { choices: 2, ..claim.job.clone() }, ..Claim::clone(&claim) })
+        };
+        flights.take_in(&[claim("one", "edge"), two("two"), two("twice")], 1);
+        let ended = |request: &str, choice: u32| {
+            let (reason, usage) = (FinishReason::Stop, Usage::default());
+            let digest = [choice as u8; 32];
+            let body = EngineEventBody::Finished { reason, stopped_by: None, usage, digest };
+            EngineEvent { request: request.into(), choice, body }
+        };
+        let events = vec![ended("two", 1), ended("twice", 1), ended("one", 0), ended("two", 0), ended("twice", 1)];
+        let landings = flights.advance(events, 1).landings;
+        let digests = landings.iter().map(|landing| match landing.outcome {
+            Outcome::Finished { digest, .. } => digest,
+            _ => panic!("{landing:?}"),
+        });
+        let sha = |bytes: &[u8]| Some(Sha256::digest(bytes).into());
+        assert!(digests.eq([sha(&[0; 32]), sha(&[[0; 32], [1; 32]].concat()), None]));
+    }
+
+    #[test]
+    fn what_a_request_needs_is_no_event_of_its_stream() {
+        let flights = Flights::default();
+        flights.take_in(&[claim("a", "edge")], 1);
+        let needs =
+            |wanted| EngineEvent { request: "a".into(), choice: 0, body: EngineEventBody::NeedsTokens { wanted } };
+        let step = flights.advance(vec![delta("a"), needs(3), delta("a")], 1);
+        assert_eq!(step.events.iter().map(|out| out.event.seq).collect::<Vec<_>>(), [1, 2]);
+        let needs = step.needs.iter().map(|(claim, wanted)| (claim.job.request.as_str(), *wanted));
+        assert!(needs.eq([("a", 3)]));
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub struct ClusterContext {
 pub struct PoolSpec {
     pub model: ModelId,
     pub sequences_max: usize,
+    /// When half of so many tokens are left of those that a request may decode, more are paid for. 0: none ever are.
+    pub step_tokens: u32,
     pub stall_max: Duration,
     pub policy: RestartPolicy,
     /// Of the model's vocabulary.
@@ -94,9 +96,11 @@ impl Cluster {
         let mut stations = Vec::new();
         let mut arguments = Vec::new();
         for spec in pools {
-            let PoolSpec { model, sequences_max, stall_max, policy, grammars, loader } = spec;
+            let PoolSpec { model, sequences_max, step_tokens, stall_max, policy, grammars, loader } = spec;
             let (cashier, outlet) = (cashier.clone(), outlet.clone());
-            let station = Arc::new(Station::new(node.clone(), model, sequences_max, grammars, cashier, outlet));
+            let node = node.clone();
+            let station = Station::new(node, model, sequences_max, step_tokens, grammars, cashier, outlet);
+            let station = Arc::new(station);
             stations.push(Arc::clone(&station));
             let metrics = Arc::clone(&metrics);
             arguments.push(PoolArguments { station, loader, policy, stall_max, metrics, generation: 0 });

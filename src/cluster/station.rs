@@ -15,7 +15,7 @@ use super::{
     worker::WorkerMessage,
 };
 use crate::{
-    domain::{Claim, FailureCode, ModelId, NodeId, RequestId},
+    domain::{Claim, FailureCode, FundsEnd, ModelId, NodeId, RequestId},
     engine::{EngineEvent, EngineHandle},
     grammar::Grammars,
     queue::Outlet,
@@ -43,6 +43,8 @@ pub struct Station {
     pub node: NodeId,
     pub model: ModelId,
     pub sequences_max: usize,
+    /// See [`super::PoolSpec`].
+    pub step_tokens: u32,
     pub grammars: Arc<Grammars>,
     pub flights: Arc<Flights>,
     pub cashier: Cashier,
@@ -63,13 +65,25 @@ impl Station {
         node: NodeId,
         model: ModelId,
         sequences_max: usize,
+        step_tokens: u32,
         grammars: Arc<Grammars>,
         cashier: Cashier,
         outlet: Outlet,
     ) -> Self {
         let status = watch::Sender::new(PoolStatus::Loading);
         let flights = Arc::default();
-        Self { node, model, sequences_max, grammars, flights, cashier, outlet, status, bench: Mutex::default() }
+        Self {
+            node,
+            model,
+            sequences_max,
+            step_tokens,
+            grammars,
+            flights,
+            cashier,
+            outlet,
+            status,
+            bench: Mutex::default(),
+        }
     }
 
     pub fn open(&self, generation: u64, engine: EngineHandle, worker: ActorRef<WorkerMessage>) {
@@ -108,6 +122,7 @@ impl Station {
             self.outlet.send(advanced.events);
         }
         advanced.unwanted.iter().for_each(|request| self.cancel_in_engine(request));
+        advanced.needs.iter().for_each(|(claim, wanted)| self.needs_tokens(claim, *wanted));
         self.cashier.land(advanced.landings, &self.flights);
     }
 
@@ -123,6 +138,18 @@ impl Station {
     pub fn cancel_in_engine(&self, request: &RequestId) {
         if let Some(bench) = &*self.bench.lock() {
             bench.engine.cancel(request);
+        }
+    }
+
+    /// A request could use `wanted` tokens more. Its hold covers all that it may ever decode, so it gets them.
+    fn needs_tokens(&self, claim: &Claim, wanted: u32) {
+        self.allow(&claim.job.request, wanted, None);
+    }
+
+    /// So many tokens more of a request are paid for. See [`EngineHandle::allow`].
+    pub fn allow(&self, request: &RequestId, tokens: u32, last: Option<FundsEnd>) {
+        if let Some(bench) = &*self.bench.lock() {
+            bench.engine.allow(request, tokens, last);
         }
     }
 

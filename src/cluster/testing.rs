@@ -30,6 +30,7 @@ pub fn job(request: &str, edge: &str) -> Job {
         price,
         price_version: "test".into(),
         hold: NanoUsd::new(3 * 200 + 8 * 300),
+        allowed_tokens: 8,
         reply_to: ReplyTo { node: NodeId::from(edge), relay: None },
         enqueued_unix_ms: 0,
         deadline_unix_ms: 60_000,

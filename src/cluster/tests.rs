@@ -7,7 +7,7 @@ use std::{
 
 use super::{pool::PoolMessage, root::RootMessage, testing::job, worker::WorkerMessage, *};
 use crate::{
-    domain::{EventBody, Job, RequestId},
+    domain::{EventBody, FinishReason, Job, RequestId},
     engine::{self, Backend, EngineError, EngineSpec},
     grammar::Grammars,
     model::ModelFile,
@@ -68,6 +68,7 @@ impl Tree {
         let spec = PoolSpec {
             model: model.clone(),
             sequences_max: 4,
+            step_tokens: 8,
             stall_max: Duration::from_secs(60),
             grammars: Arc::new(Grammars::new(Arc::clone(&file.vocabulary))),
             policy: RestartPolicy { delay_min: Duration::from_millis(5), ..RestartPolicy::default() },
@@ -149,6 +150,23 @@ async fn a_worker_actor_that_panics_fails_what_it_had_and_is_replaced() {
     let end = last(tree.ask("b", "well", 3).await).await;
     assert!(was_served(&end), "{end:?}");
     assert_eq!((tree.restarts(), tree.loads.load(Ordering::SeqCst)), (1, 2));
+    tree.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_gets_more_tokens_as_it_needs_them() {
+    let tree = Tree::start(|_| false).await;
+    tree.cluster.ready().await.unwrap();
+    let mut stream = tree.ask("a", "well", 50).await;
+    let (mut heard, mut ended) = (0, None);
+    while let Some(event) = stream.next().await {
+        match event.body {
+            EventBody::Delta { tokens, .. } => heard += tokens,
+            EventBody::ChoiceEnded { reason, stopped_by, .. } => ended = Some((reason, stopped_by)),
+            _ => {}
+        }
+    }
+    assert_eq!((heard, ended), (50, Some((FinishReason::Length, None))));
     tree.stop().await;
 }
 

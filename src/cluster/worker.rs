@@ -129,10 +129,10 @@ fn submit(station: &Station, engine: &EngineHandle, claim: &Claim, constraint: O
         Some(true) => return station.end(&job.request, Outcome::Withdrawn),
         Some(false) => {}
     }
-    for choice in 0..job.choices {
+    let choice = |choice| {
         let mut sampling = job.sampling.clone();
         sampling.seed = sampling.seed.wrapping_add(u64::from(choice).wrapping_mul(CHOICES_APART));
-        let request = EngineRequest {
+        EngineRequest {
             request: job.request.clone(),
             choice,
             prompt: job.prompt.clone(),
@@ -146,11 +146,12 @@ fn submit(station: &Station, engine: &EngineHandle, claim: &Claim, constraint: O
             // To the engine tenants are lanes: it need not know what a tenant is to keep them apart.
             lane: job.tenant.as_str().into(),
             cache_salt: job.cache_salt.clone().into_bytes(),
-        };
-        if let Err(error) = engine.submit(request) {
-            fail(station, claim, &error.to_string());
-            return engine.cancel(&job.request);
+            allowed_tokens: job.allowed_tokens,
+            step_tokens: station.step_tokens,
         }
+    };
+    if let Err(error) = engine.submit((0..job.choices).map(choice).collect()) {
+        return fail(station, claim, &error.to_string());
     }
     // Its client may have gone between the look and the submission, when the engine did not know it yet.
     if station.flights.is_cancelled(&job.request) != Some(false) {

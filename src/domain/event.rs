@@ -56,6 +56,25 @@ pub struct TokenDetail {
 pub enum StoppedBy {
     Text(String),
     Token(u32),
+    /// Its last paid token: the choice might have gone on.
+    Funds(FundsEnd),
+}
+
+/// Why no more tokens could be paid for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FundsEnd {
+    Balance,
+    SpendLimit,
+}
+
+impl FundsEnd {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Balance => "balance",
+            Self::SpendLimit => "spend_limit",
+        }
+    }
 }
 
 /// Why there is no money for another token.

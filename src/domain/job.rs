@@ -137,6 +137,8 @@ pub struct Job {
     pub price_version: String,
     /// Money set aside at admission: the prompt plus `output_tokens_max` for each choice at `price`.
     pub hold: NanoUsd,
+    /// Output tokens that it covers, of all choices together.
+    pub allowed_tokens: u32,
     pub reply_to: ReplyTo,
     pub enqueued_unix_ms: u64,
     /// A request that has not been claimed by then is refused, not served late.

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use crate::{
-    domain::{FinishReason, RequestId, StoppedBy, TokenDetail, Usage},
+    domain::{FinishReason, FundsEnd, RequestId, StoppedBy, TokenDetail, Usage},
     model::Vocabulary,
     prompt::{CallReader, Said},
 };
@@ -194,6 +194,14 @@ pub struct WholeCall {
 impl Whole {
     pub fn of(choices: u32) -> Self {
         Self { choices: vec![WholeChoice::default(); choices as usize], ..Self::default() }
+    }
+
+    /// Why there was no money for more of it, if that is what ended any of its choices.
+    pub fn limited_by(&self) -> Option<FundsEnd> {
+        self.choices.iter().find_map(|choice| match choice.stopped_by {
+            Some(StoppedBy::Funds(why)) => Some(why),
+            _ => None,
+        })
     }
 
     pub fn add(&mut self, pieces: Vec<Piece>) {

@@ -20,7 +20,7 @@ use super::{
     server::Arrival,
     state::{EdgeState, Known, Outcome},
     stored::{self, Keeping},
-    telling::{Streaming, Telling},
+    telling::{Streaming, Telling, Told},
     wire::{Body, Bounds, Request},
 };
 use crate::{
@@ -79,8 +79,8 @@ async fn answer<D: Dialect>(
         }
         let limit = Duration::from_millis(settings.request_ms_max);
         let whole = timeout(limit, telling.whole()).await;
-        let body = whole.map_err(|_| Refusal::Ended(ApiError::too_slow()))?.map_err(Refusal::Ended)?;
-        return Ok(with_ignored(HttpResponse::Ok(), &ignored).content_type(JSON).body(body));
+        let told = whole.map_err(|_| Refusal::Ended(ApiError::too_slow()))?.map_err(Refusal::Ended)?;
+        return Ok(plain(&ignored, told));
     };
     let (path, request) = (http.path().trim_start_matches("/v1"), arrival.request_id());
     let key = Key::new(principal.tenant.clone(), &key, path, &bytes, &request, state.hub.node());
@@ -219,8 +219,16 @@ async fn replayed(state: &EdgeState, recording: Arc<Recording>, after: usize) ->
     if content_type == EVENT_STREAM {
         return Ok(streamed(&ignored, recording.listen(after, state.keep_alive())));
     }
-    let body = recording.body().await.map_err(Refusal::Ended)?;
-    Ok(with_ignored(HttpResponse::Ok(), &ignored).content_type(JSON).body(body))
+    let told = recording.told().await.map_err(Refusal::Ended)?;
+    Ok(plain(&ignored, told))
+}
+
+fn plain(ignored: &[String], Told { body, limited_by }: Told) -> HttpResponse {
+    let mut answer = with_ignored(HttpResponse::Ok(), ignored);
+    if let Some(why) = limited_by {
+        answer.insert_header(("x-lightcone-limited-by", why.as_str()));
+    }
+    answer.content_type(JSON).body(body)
 }
 
 fn streamed(ignored: &[String], bytes: impl futures::Stream<Item = Result<Bytes, ApiError>> + 'static) -> HttpResponse {

@@ -19,9 +19,10 @@ use super::{
     dialect::KEEP_ALIVE,
     error::ApiError,
     state::EdgeState,
-    telling::{Streaming, Telling},
+    telling::{Streaming, Telling, Told},
 };
 use crate::{
+    domain::FundsEnd,
     records::{Answered, Key},
     store::StoreError,
 };
@@ -53,6 +54,7 @@ pub struct Recording {
 struct Inner {
     content_type: &'static str,
     ignored: Vec<String>,
+    limited_by: Option<FundsEnd>,
     body: Vec<u8>,
     /// Where each event of a stream ends.
     events: Vec<usize>,
@@ -63,7 +65,16 @@ struct Inner {
 enum Last {
     /// With all of a stream that was not told before.
     Events(Bytes),
-    Body(Vec<u8>),
+    Body(Told),
+}
+
+impl Last {
+    fn limited_by(&self) -> Option<FundsEnd> {
+        match self {
+            Self::Events(_) => None,
+            Self::Body(told) => told.limited_by,
+        }
+    }
 }
 
 impl Inner {
@@ -101,7 +112,7 @@ impl Recording {
                 whole.add_events(bytes);
                 whole.body
             }
-            Last::Body(body) => body.clone(),
+            Last::Body(told) => told.body.clone(),
         }
     }
 
@@ -110,7 +121,7 @@ impl Recording {
         let mut inner = self.inner.lock();
         inner.outcome = Some(outcome.map(|last| match last {
             Last::Events(bytes) => inner.add_events(&bytes),
-            Last::Body(body) => inner.body = body,
+            Last::Body(told) => (inner.body, inner.limited_by) = (told.body, told.limited_by),
         }));
         drop(inner);
         self.heard.send_modify(|count| *count += 1);
@@ -121,6 +132,7 @@ impl Recording {
         inner.content_type = if answered.content_type == EVENT_STREAM { EVENT_STREAM } else { JSON };
         inner.events = ends_of_events(&answered.body);
         (inner.ignored, inner.body) = (answered.ignored, answered.body);
+        inner.limited_by = answered.limited_by;
         inner.outcome = Some(Ok(()));
         drop(inner);
         self.heard.send_modify(|count| *count += 1);
@@ -152,15 +164,17 @@ impl Recording {
         Ok((inner.content_type, inner.ignored.clone()))
     }
 
-    /// The whole body, when it is there.
-    pub async fn body(&self) -> Result<Vec<u8>, ApiError> {
+    /// The whole answer, when it is there.
+    pub async fn told(&self) -> Result<Told, ApiError> {
         let mut heard = self.heard.subscribe();
         loop {
             {
                 let inner = self.inner.lock();
                 match &inner.outcome {
                     Some(Err(error)) => return Err(error.clone()),
-                    Some(Ok(())) => return Ok(inner.body.clone()),
+                    Some(Ok(())) => {
+                        return Ok(Told { body: inner.body.clone(), limited_by: inner.limited_by });
+                    }
                     None => {}
                 }
             }
@@ -267,7 +281,8 @@ pub fn record(
             let kept = match &outcome {
                 Ok(last) => {
                     let body = into.with_last(last);
-                    let answered = Answered { content_type: content_type.to_owned(), ignored, body };
+                    let (content_type, limited_by) = (content_type.to_owned(), last.limited_by());
+                    let answered = Answered { content_type, ignored, limited_by, body };
                     renewing(&state, &key, keep(&state, &key, &answered)).await
                 }
                 // Nothing was charged, or nothing can be told again: the next one is the first.
@@ -308,8 +323,8 @@ async fn stream_into(telling: Telling, into: &Recording) -> Result<Last, ApiErro
 
 async fn whole(mut telling: Telling, state: &EdgeState) -> Result<Last, ApiError> {
     let limit = Duration::from_millis(state.settings.request_ms_max);
-    let body = timeout(limit, telling.whole()).await.map_err(|_| ApiError::too_slow())??;
-    Ok(Last::Body(body))
+    let told = timeout(limit, telling.whole()).await.map_err(|_| ApiError::too_slow())??;
+    Ok(Last::Body(told))
 }
 
 /// It was charged: whoever asks again must not pay for it again, so a short absence of the store is waited out.

@@ -14,7 +14,7 @@ use super::{
     state::EdgeState,
     stored::Keeping,
 };
-use crate::domain::Usage;
+use crate::domain::{FundsEnd, Usage};
 
 /// Bytes of several events that wait, written to the client together.
 const WRITE_BYTES_MAX: usize = 16 << 10;
@@ -31,9 +31,16 @@ pub struct Telling {
     pub failure: Option<ApiError>,
 }
 
+/// A whole answer, as JSON.
+#[derive(Clone, Default)]
+pub struct Told {
+    pub body: Vec<u8>,
+    /// See [`Whole::limited_by`].
+    pub limited_by: Option<FundsEnd>,
+}
+
 impl Telling {
-    /// The whole answer, as JSON.
-    pub async fn whole(&mut self) -> Result<Vec<u8>, ApiError> {
+    pub async fn whole(&mut self) -> Result<Told, ApiError> {
         let mut whole = Whole::of(self.teller.form().choices);
         whole.add(self.teller.begin());
         loop {
@@ -50,7 +57,7 @@ impl Telling {
                     if let Some(keeping) = self.keeping.take() {
                         keeping.keep(&self.state, &whole, &body).await;
                     }
-                    return Ok(body);
+                    return Ok(Told { body, limited_by: whole.limited_by() });
                 }
                 News::Failed(error) => return Err(error),
             }

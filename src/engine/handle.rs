@@ -1,17 +1,17 @@
 //! The way into a running engine.
 
 use std::{
-    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
+    time::{Duration, Instant},
 };
 
 use parking_lot::{Condvar, Mutex};
 
 use super::{EngineError, EngineRequest};
-use crate::domain::RequestId;
+use crate::domain::{FundsEnd, RequestId};
 
 /// What is going on inside, as of the last step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,7 +20,8 @@ pub struct EngineLoad {
     pub waiting: usize,
     pub kv_blocks_used: usize,
     pub kv_blocks_total: usize,
-    /// Steps since the start; a number that stands still while `running` is not 0 is a frozen engine.
+    /// Steps since the start; a number that stands still while `running` is not 0 is a frozen engine. Where all wait
+    /// for tokens that are not paid for yet, looking whether some came counts as a step.
     pub steps: u64,
 }
 
@@ -43,17 +44,27 @@ impl EngineHandle {
         Self { shared: Arc::new(Owned(shared)) }
     }
 
+    /// All choices of one request, which share what it may decode, or none of them. A request that is offered again
+    /// replaces what is left of its earlier attempt.
+    ///
     /// # Errors
     /// [`EngineError::Full`] when the inbox has as many requests as the batch has places, and
     /// [`EngineError::Gone`] after the engine died. Cancellation has no bound to run into.
-    pub fn submit(&self, request: EngineRequest) -> Result<(), EngineError> {
-        self.shared.0.submit(request)
+    pub fn submit(&self, choices: Vec<EngineRequest>) -> Result<(), EngineError> {
+        self.shared.0.submit(choices)
+    }
+
+    /// So many tokens more are paid for, for all choices of the request together. `last`: and no more will come, so
+    /// that what has not ended by itself ends with the last of them. A request that is unknown or has ended is left
+    /// alone.
+    pub fn allow(&self, request: &RequestId, tokens: u32, last: Option<FundsEnd>) {
+        self.shared.0.send(Mail::Allow(request.clone(), tokens, last));
     }
 
     /// Takes effect before the next step. The request then ends with `Finished { reason: Cancelled }`;
     /// one that is unknown or has ended is left alone.
     pub fn cancel(&self, request: &RequestId) {
-        self.shared.0.cancel(request.clone());
+        self.shared.0.send(Mail::Cancel(request.clone()));
     }
 
     pub fn load(&self) -> EngineLoad {
@@ -76,18 +87,33 @@ pub(super) struct Shared {
 
 #[derive(Default)]
 struct Inbox {
-    submitted: VecDeque<EngineRequest>,
-    cancelled: Vec<RequestId>,
+    mail: Vec<Mail>,
+    /// Choices in it.
+    submitted: usize,
     shutdown: bool,
     gone: bool,
+}
+
+/// What the handle has to say, in the order in which it is said.
+pub(super) enum Mail {
+    Submit(Vec<EngineRequest>),
+    Allow(RequestId, u32, Option<FundsEnd>),
+    Cancel(RequestId),
 }
 
 /// What came in since the last look.
 #[derive(Default)]
 pub(super) struct News {
-    pub submitted: VecDeque<EngineRequest>,
-    pub cancelled: Vec<RequestId>,
+    pub mail: Vec<Mail>,
     pub shutdown: bool,
+}
+
+/// How long to wait for news.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    None,
+    AtMost(Duration),
+    Endless,
 }
 
 impl Shared {
@@ -95,23 +121,25 @@ impl Shared {
         Self { inbox: Mutex::default(), news: Condvar::new(), inbox_max, load: LoadCell::default() }
     }
 
-    fn submit(&self, request: EngineRequest) -> Result<(), EngineError> {
+    fn submit(&self, choices: Vec<EngineRequest>) -> Result<(), EngineError> {
         let mut inbox = self.inbox.lock();
         if inbox.gone || inbox.shutdown {
             return Err(EngineError::Gone);
         }
-        if inbox.submitted.len() >= self.inbox_max {
+        if inbox.submitted + choices.len() > self.inbox_max {
             return Err(EngineError::Full);
         }
-        inbox.submitted.push_back(request);
+        inbox.submitted += choices.len();
+        inbox.mail.push(Mail::Submit(choices));
         self.news.notify_one();
         Ok(())
     }
 
-    fn cancel(&self, request: RequestId) {
+    /// Of requests that were submitted, so that there are hardly more of them than of these.
+    fn send(&self, mail: Mail) {
         let mut inbox = self.inbox.lock();
         if !inbox.gone {
-            inbox.cancelled.push(request);
+            inbox.mail.push(mail);
             self.news.notify_one();
         }
     }
@@ -125,17 +153,22 @@ impl Shared {
         self.inbox.lock().shutdown
     }
 
-    /// What is new; waits for something when `idle`.
-    pub fn look(&self, idle: bool) -> News {
+    /// What is new; waits for something as long as `patience` allows.
+    pub fn look(&self, patience: Patience) -> News {
         let mut inbox = self.inbox.lock();
-        while idle && inbox.submitted.is_empty() && inbox.cancelled.is_empty() && !inbox.shutdown {
-            self.news.wait(&mut inbox);
+        let until = match patience {
+            Patience::AtMost(time) => Some(Instant::now() + time),
+            Patience::None | Patience::Endless => None,
+        };
+        while patience != Patience::None && inbox.mail.is_empty() && !inbox.shutdown {
+            match until {
+                None => self.news.wait(&mut inbox),
+                Some(until) if self.news.wait_until(&mut inbox, until).timed_out() => break,
+                Some(_) => {}
+            }
         }
-        News {
-            submitted: std::mem::take(&mut inbox.submitted),
-            cancelled: std::mem::take(&mut inbox.cancelled),
-            shutdown: inbox.shutdown,
-        }
+        inbox.submitted = 0;
+        News { mail: std::mem::take(&mut inbox.mail), shutdown: inbox.shutdown }
     }
 
     /// After this, `submit` says that the engine is gone.

@@ -4,9 +4,11 @@
 //! KV block pool and by `sequences_max`; a cancelled request costs at most one more step. Never speaks to
 //! the network or to the store, and never knows what a tenant is.
 //!
-//! The scheduling ([`planner`], [`line`], [`pace`]), the KV blocks and what is remembered in them ([`blocks`],
-//! [`prefix`]), guessing ([`draft`]), sampling and text assembly are pure. The tensors are behind [`Forward`]: ONNX Runtime for real models, a script for fault tests.
+//! The scheduling ([`planner`], [`line`], [`pace`]), what is paid for ([`allowance`]), the KV blocks and what is
+//! remembered in them ([`blocks`], [`prefix`]), guessing ([`draft`]), sampling and text assembly are pure. The tensors
+//! are behind [`Forward`]: ONNX Runtime for real models, a script for fault tests.
 
+mod allowance;
 mod batch;
 mod blocks;
 mod draft;
@@ -27,6 +29,7 @@ mod scripted;
 mod sequence;
 mod simd;
 mod text;
+mod verify;
 
 use std::sync::Arc;
 
@@ -64,6 +67,11 @@ pub struct EngineRequest {
     pub lane: Arc<str>,
     /// Within a lane, only requests of the same salt share what they have computed.
     pub cache_salt: Vec<u8>,
+    /// Tokens that all choices of the request may decode together until more are allowed. See
+    /// [`EngineHandle::allow`].
+    pub allowed_tokens: u32,
+    /// When half of so many are left, as many more are asked for. 0: no more will come.
+    pub step_tokens: u32,
 }
 
 /// What the engine tells its owner. One `Step` a step, with the events of all requests.
@@ -84,24 +92,21 @@ pub struct EngineEvent {
 #[derive(Debug, PartialEq)]
 pub enum EngineEventBody {
     /// The next of the prompt's tokens, from its second one on.
-    Prompt {
-        tokens: Vec<TokenDetail>,
-    },
+    Prompt { tokens: Vec<TokenDetail> },
     /// `tokens` counts the decoded tokens since the last event, also those whose text is still held back.
-    Delta {
-        text: String,
-        tokens: u32,
-        details: Vec<TokenDetail>,
-    },
+    Delta { text: String, tokens: u32, details: Vec<TokenDetail> },
+    /// So many tokens more could be used by the choices of the request, whichever of them tells of it. Told once until
+    /// some are allowed.
+    NeedsTokens { wanted: u32 },
     Finished {
         reason: FinishReason,
         stopped_by: Option<StoppedBy>,
         usage: Usage,
+        /// SHA-256 of the ids of the answer's tokens, each as four bytes, the lowest first.
+        digest: [u8; 32],
     },
     /// This request alone cannot be served.
-    Failed {
-        message: String,
-    },
+    Failed { message: String },
 }
 
 /// What to run and how much of it.

@@ -4,7 +4,12 @@
 //! that lack one token (decodes) go first, then the others catch up in chunks, under a budget that keeps a
 //! step with both nearly as short as one with decodes alone, so that a long prompt never keeps the others
 //! from their next token. What is then left goes to drafts. When KV blocks run out, sequences are sent back
-//! to waiting: the lowest class first, then who has computed least; nothing new joins in such a step.
+//! to waiting: the lowest class first, in it those that wait for tokens to be paid for, then who has computed least;
+//! nothing new joins in such a step.
+//!
+//! Who may not decode computes all rows but the last one of what it lacks, which is where its next token would come
+//! from, and then sits in its place. Only where all do so, and somebody of their class or a higher one could go on in
+//! their stead, is one of them sent back to waiting for that.
 
 use std::{cmp::Reverse, iter::Peekable};
 
@@ -20,13 +25,24 @@ pub struct Demand {
     pub own_blocks: usize,
     /// Tokens guessed beyond those it has.
     pub drafts: usize,
+    /// Whether it may have its next token in this step.
+    pub may_decode: bool,
     pub priority: Priority,
+}
+
+impl Demand {
+    /// Whether it lacks one token alone and may not have it.
+    fn sits(&self) -> bool {
+        !self.may_decode && self.tokens - self.computed == 1
+    }
 }
 
 /// What it knows of one that waits, with nothing computed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Candidate {
     pub tokens: usize,
+    /// Whether it may have its next token in this step; who may not does not join, and is in nobody's way.
+    pub may_decode: bool,
     pub priority: Priority,
     /// Blocks that stand in the prefix cache already.
     pub found: usize,
@@ -73,7 +89,9 @@ pub enum Turn {
 /// Plans one step. `running` is in order of admission, `waiting` in order of service: higher classes first.
 pub fn plan(running: &[Demand], waiting: impl Iterator<Item = Candidate>, blocks_free: usize, limits: &Limits) -> Plan {
     let turns = vec![Turn::Rows(0); running.len()];
-    let mut state = State { running, limits, turns, blocks_free, budget: limits.step_tokens_max };
+    let all_sit = !running.is_empty() && running.iter().all(Demand::sits);
+    let budget = limits.step_tokens_max;
+    let mut state = State { running, limits, turns, blocks_free, budget, all_sit, kept_out: None };
     state.decodes();
     let mut waiting = waiting.enumerate().peekable();
     let (mut admitted, mut is_open) = (Vec::new(), true);
@@ -89,6 +107,13 @@ pub fn plan(running: &[Demand], waiting: impl Iterator<Item = Candidate>, blocks
         state.decodes();
         [Priority::High, Priority::Normal, Priority::Low].into_iter().for_each(|class| state.chunks(class));
     }
+    if admitted.is_empty()
+        && let Some(class) = state.kept_out
+        && let Some(victim) = state.victim()
+        && running[victim].priority <= class
+    {
+        state.preempt(victim);
+    }
     if admitted.is_empty() && state.catching_up() == 0 {
         state.drafts();
     }
@@ -101,6 +126,10 @@ struct State<'a> {
     turns: Vec<Turn>,
     blocks_free: usize,
     budget: usize,
+    /// Nobody of the running ones may go on.
+    all_sit: bool,
+    /// The class of the first one that could go on if these were not in its way.
+    kept_out: Option<Priority>,
 }
 
 impl State<'_> {
@@ -128,15 +157,15 @@ impl State<'_> {
     }
 
     fn is_stuck(&self) -> bool {
-        let mut alive = self.alive().peekable();
-        alive.peek().is_some() && alive.all(|i| self.rows(i) == 0)
+        let mut movable = self.alive().filter(|i| !self.running[*i].sits()).peekable();
+        movable.peek().is_some() && movable.all(|i| self.rows(i) == 0)
     }
 
     /// One row for everybody who lacks one token.
     fn decodes(&mut self) {
         for i in self.alive() {
-            let Demand { tokens, computed, blocks, .. } = self.running[i];
-            if tokens - computed != 1 || self.turns[i] != Turn::Rows(0) || self.budget == 0 {
+            let Demand { tokens, computed, blocks, may_decode, .. } = self.running[i];
+            if tokens - computed != 1 || !may_decode || self.turns[i] != Turn::Rows(0) || self.budget == 0 {
                 continue;
             }
             let missing = self.blocks_for(tokens).saturating_sub(blocks);
@@ -155,12 +184,13 @@ impl State<'_> {
     /// Rows for those of a class who lack more.
     fn chunks(&mut self, class: Priority) {
         for i in self.alive() {
-            let Demand { tokens, computed, blocks, priority, .. } = self.running[i];
+            let Demand { tokens, computed, blocks, may_decode, priority, .. } = self.running[i];
             if priority != class || tokens - computed == 1 || self.turns[i] != Turn::Rows(0) {
                 continue;
             }
             let reachable = (blocks + self.blocks_free) * self.limits.block_tokens - computed;
-            let rows = (tokens - computed).min(self.chunk_budget()).min(reachable);
+            let wanted = tokens - computed - usize::from(!may_decode);
+            let rows = wanted.min(self.chunk_budget()).min(reachable);
             let missing = self.blocks_for(computed + rows).saturating_sub(blocks);
             self.take(i, rows, missing);
         }
@@ -190,9 +220,14 @@ impl State<'_> {
         self.blocks_free -= blocks;
     }
 
-    /// Who goes first when blocks run out: the lowest class, in it who has computed least, of these the last.
+    /// Who goes first when blocks run out: the lowest class, in it who sits, then who has computed least, of these the
+    /// last.
     fn victim(&self) -> Option<usize> {
-        self.alive().min_by_key(|i| (self.running[*i].priority, self.running[*i].computed, Reverse(*i)))
+        let order = |i: &usize| {
+            let demand = &self.running[*i];
+            (demand.priority, !demand.sits(), demand.computed, Reverse(*i))
+        };
+        self.alive().min_by_key(order)
     }
 
     fn preempt(&mut self, i: usize) {
@@ -220,19 +255,20 @@ impl State<'_> {
     ) -> bool {
         loop {
             let left = self.chunk_budget();
-            if left == 0 || self.running.len() + admitted.len() >= self.limits.sequences_max {
+            let is_full = self.running.len() + admitted.len() >= self.limits.sequences_max;
+            if left == 0 || is_full && !self.all_sit {
                 return false;
             }
             let Some((at, candidate)) = waiting.next_if(|(_, candidate)| candidate.priority == class) else {
                 return true;
             };
-            let Candidate { tokens, found, found_free, behind, .. } = candidate;
+            let Candidate { tokens, may_decode, found, found_free, behind, .. } = candidate;
             let waits = match behind {
                 None => false,
                 Some(Leader::Running) => true,
                 Some(Leader::Waiting(leader)) => admitted.iter().any(|(at, _)| *at == leader),
             };
-            if waits {
+            if waits || !may_decode {
                 continue;
             }
             // What the running sequences still need for the tokens that they have is not given away, and one
@@ -240,7 +276,10 @@ impl State<'_> {
             let needs = |i: usize| self.blocks_for(self.running[i].tokens).saturating_sub(self.held(i)) + 1;
             let promised: usize = self.alive().map(needs).sum();
             let need = self.blocks_for(tokens + 1) - found + found_free;
-            if need + promised > self.blocks_free && !(need <= self.blocks_free && self.running.is_empty()) {
+            let has_no_blocks =
+                need + promised > self.blocks_free && !(need <= self.blocks_free && self.running.is_empty());
+            if is_full || has_no_blocks {
+                self.kept_out = self.all_sit.then_some(class);
                 return false;
             }
             let rows = (tokens - found * self.limits.block_tokens).min(left);

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc;
@@ -12,12 +12,11 @@ use tokio::sync::mpsc;
 use super::{
     Backend, Batch, BatchSequence, EngineError, EngineEvent, EngineEventBody, EngineHandle, EngineLoad, EngineMessage,
     EngineRequest, EngineSpec, Forward, Speculation,
+    allowance::Share,
     blocks::BlockPool,
     draft::DRAFTS_MAX,
-    handle::{News, Shared},
+    handle::{Mail, News, Patience, Shared},
     line::{Line, Ticket},
-    logits::{self, TokenSet},
-    logprobs,
     masks::Masks,
     onnx,
     pace::{Load, Pace},
@@ -25,10 +24,10 @@ use super::{
     sampler,
     scripted::Scripted,
     sequence::{Ending, Sequence},
+    verify::{tell_of_prompt, verify},
 };
 use crate::{
-    domain::{FinishReason, TokenDetail},
-    grammar::GrammarError,
+    domain::{FinishReason, RequestId},
     model::Vocabulary,
     telemetry::Metrics,
 };
@@ -88,6 +87,8 @@ pub fn spawn(
 const CHOICES_MAX: usize = 128;
 /// Rows of a prompt that is told of in one step: each has logits over the whole vocabulary.
 const TOLD_ROWS_MAX: usize = 16;
+/// How often to look up from waiting for tokens that are not paid for yet, so that nobody takes this for a freeze.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
 
 struct Runner {
     forward: Box<dyn Forward>,
@@ -103,6 +104,10 @@ struct Runner {
     scratch: sampler::Scratch,
     events: Vec<EngineEvent>,
     steps: u64,
+    /// Plans made so far: tokens are set aside for one at a time.
+    plans: u64,
+    /// Until there is news, nobody can go on: all wait for tokens.
+    sits: bool,
     clock: fn() -> Instant,
     started: Instant,
     shared: Arc<Shared>,
@@ -235,6 +240,8 @@ impl Runner {
             scratch: sampler::Scratch::default(),
             events: Vec::new(),
             steps: 0,
+            plans: 0,
+            sits: false,
             clock,
             started: clock(),
             shared,
@@ -249,7 +256,7 @@ impl Runner {
 
     fn run(&mut self, sink: &mpsc::Sender<EngineMessage>) -> Result<(), EngineError> {
         loop {
-            let news = self.shared.look(self.is_idle());
+            let news = self.shared.look(self.patience());
             if news.shutdown {
                 return Ok(());
             }
@@ -257,7 +264,9 @@ impl Runner {
             if !self.is_idle() {
                 let started = Instant::now();
                 self.step()?;
-                self.counts.step_seconds.observe(started.elapsed().as_secs_f64());
+                if !self.sits {
+                    self.counts.step_seconds.observe(started.elapsed().as_secs_f64());
+                }
             }
             self.publish_load();
             if !self.events.is_empty() {
@@ -269,25 +278,77 @@ impl Runner {
         }
     }
 
+    fn patience(&self) -> Patience {
+        match self.sits {
+            _ if self.is_idle() => Patience::Endless,
+            true => Patience::AtMost(LOOK_EVERY),
+            false => Patience::None,
+        }
+    }
+
     fn take_in(&mut self, news: News) {
-        for spec in news.submitted {
-            if let Some(message) = self.fault(&spec) {
-                let EngineRequest { request, choice, .. } = spec;
-                self.events.push(EngineEvent { request, choice, body: EngineEventBody::Failed { message } });
-                continue;
+        for mail in news.mail {
+            match mail {
+                Mail::Submit(choices) => self.take_up(choices),
+                Mail::Allow(request, tokens, last) => {
+                    let known = self.sequences().find(|sequence| sequence.spec.request == request);
+                    if known.map(|sequence| sequence.share.allow(tokens, last)).is_some() {
+                        self.ask_for_tokens(&request);
+                        self.end_unpaid();
+                    }
+                }
+                Mail::Cancel(request) => {
+                    for sequence in self.remove(|sequence| sequence.spec.request == request) {
+                        let ending = Ending { reason: FinishReason::Cancelled, stopped_by: None };
+                        self.events.push(sequence.event(sequence.finished(ending)));
+                    }
+                }
             }
-            // A choice that is offered again replaces what is left of its earlier attempt.
-            drop(self.remove(|other| other.request == spec.request && other.choice == spec.choice));
-            let priority = spec.priority;
-            let sequence = Sequence::new(spec, &self.pool, self.settings.block_tokens, &self.vocabulary);
-            self.waiting.join(&sequence.spec.lane.clone(), priority, (self.clock)(), sequence);
         }
-        for request in news.cancelled {
-            for sequence in self.remove(|other| other.request == request) {
-                let (reason, usage) = (FinishReason::Cancelled, sequence.usage());
-                self.events.push(sequence.event(EngineEventBody::Finished { reason, stopped_by: None, usage }));
-            }
+    }
+
+    /// Puts all choices of a request in line.
+    fn take_up(&mut self, choices: Vec<EngineRequest>) {
+        let Some(EngineRequest { request, allowed_tokens, step_tokens, .. }) = choices.first() else { return };
+        let (request, allowed_tokens, step_tokens) = (request.clone(), *allowed_tokens, *step_tokens);
+        drop(self.remove(|earlier| earlier.spec.request == request));
+        let (good, bad): (Vec<_>, Vec<_>) =
+            choices.into_iter().map(|spec| (self.fault(&spec), spec)).partition(|(fault, _)| fault.is_none());
+        for (fault, EngineRequest { request, choice, .. }) in bad {
+            let message = fault.unwrap_or_default();
+            self.events.push(EngineEvent { request, choice, body: EngineEventBody::Failed { message } });
         }
+        let outputs = good.iter().map(|(_, spec)| spec.output_tokens_max);
+        let shares = Share::split(allowed_tokens, step_tokens, outputs);
+        for ((_, spec), share) in good.into_iter().zip(shares) {
+            let (lane, priority) = (Arc::clone(&spec.lane), spec.priority);
+            let sequence = Sequence::new(spec, share, &self.pool, self.settings.block_tokens, &self.vocabulary);
+            self.waiting.join(&lane, priority, (self.clock)(), sequence);
+        }
+        self.ask_for_tokens(&request);
+        self.end_unpaid();
+    }
+
+    /// Ends everybody who can decode nothing more, wherever it is.
+    fn end_unpaid(&mut self) {
+        for mut sequence in self.remove(|sequence| sequence.share.end().is_some()) {
+            let Some(ending) = sequence.run_out() else { continue };
+            sequence.speak(true, &mut self.events);
+            self.events.push(sequence.event(sequence.finished(ending)));
+        }
+    }
+
+    /// If the time has come.
+    fn ask_for_tokens(&mut self, request: &RequestId) {
+        let asks =
+            |sequence: &Sequence| Some(sequence.event(EngineEventBody::NeedsTokens { wanted: sequence.share.ask()? }));
+        let event = self.sequences().find(|sequence| sequence.spec.request == *request).and_then(asks);
+        self.events.extend(event);
+    }
+
+    fn sequences(&self) -> impl Iterator<Item = &Sequence> {
+        let waiting = self.waiting.iter().map(|(_, sequence)| sequence);
+        self.running.iter().map(|running| &running.sequence).chain(waiting)
     }
 
     /// Why a request cannot be served.
@@ -305,19 +366,19 @@ impl Runner {
         }
     }
 
-    fn remove(&mut self, which: impl Fn(&EngineRequest) -> bool) -> Vec<Sequence> {
-        let mut removed = self.waiting.leave(|sequence| which(&sequence.spec));
-        let chosen = self.running.extract_if(.., |running| which(&running.sequence.spec));
+    fn remove(&mut self, which: impl Fn(&Sequence) -> bool) -> Vec<Sequence> {
+        let mut removed = self.waiting.leave(|sequence| which(sequence));
+        let chosen = self.running.extract_if(.., |running| which(&running.sequence));
         removed.extend(chosen.map(|running| running.sequence));
         removed
     }
 
     fn step(&mut self) -> Result<(), EngineError> {
         let members = self.schedule();
+        self.steps += u64::from(self.sits || !members.is_empty());
         if members.is_empty() {
             return Ok(());
         }
-        self.steps += 1;
         let started = (self.clock)();
         self.ask_for_masks(&members)?;
         let mut load = Load::default();
@@ -342,6 +403,7 @@ impl Runner {
             masks.insert(at, mask);
         }
         let mut ended = Vec::new();
+        let mut has_run_out = false;
         for Member { at, rows, logits_rows, prompt_rows } in members {
             let (own, others) = logits
                 .split_at_checked(logits_rows * vocabulary)
@@ -361,13 +423,23 @@ impl Runner {
                 sequence.publish(self.settings.block_tokens);
             }
             sequence.speak(end.last.is_some(), &mut self.events);
+            has_run_out |= sequence.share.end().is_some();
             if let Some(last) = end.last {
                 self.events.push(sequence.event(last));
+                sequence.share.close();
                 ended.push(at);
             }
         }
+        // Of a request whose other choices wait, one that has just ended tells.
+        for Running { sequence, .. } in &self.running {
+            let wanted = sequence.share.ask();
+            self.events.extend(wanted.map(|wanted| sequence.event(EngineEventBody::NeedsTokens { wanted })));
+        }
         for at in ended.into_iter().rev() {
             self.running.remove(at);
+        }
+        if has_run_out {
+            self.end_unpaid();
         }
         self.pace.observe(load, ((self.clock)() - started).as_secs_f64() * 1e3);
         Ok(())
@@ -378,6 +450,7 @@ impl Runner {
         let now = (self.clock)();
         self.pool.set_time(now - self.started);
         self.waiting.age(now);
+        self.plans += 1;
         let limits = self.prepare();
         let running: Vec<_> = self.running.iter().map(|r| r.sequence.demand(r.ticket.priority)).collect();
         let candidates = (0..self.waiting.len()).map(|at| self.candidate(at));
@@ -393,6 +466,7 @@ impl Runner {
         }
         let mut members = Vec::with_capacity(self.running.len() + joining.len());
         let mut kept = Vec::with_capacity(self.running.len() + joining.len());
+        let mut has_preempted = false;
         for (mut running, turn) in std::mem::take(&mut self.running).into_iter().zip(plan.running) {
             match turn {
                 Turn::Rows(rows) => {
@@ -400,6 +474,7 @@ impl Runner {
                     kept.push(running);
                 }
                 Turn::Preempted => {
+                    has_preempted = true;
                     running.sequence.preempt();
                     self.waiting.rejoin(running.ticket, running.sequence);
                     self.counts.preemptions.inc();
@@ -412,6 +487,8 @@ impl Runner {
         }
         self.running = kept;
         members.retain(|member| member.rows > 0);
+        let all_wait = || self.running.iter().all(|running| running.sequence.waits_for_tokens());
+        self.sits = members.is_empty() && !has_preempted && all_wait();
         for Member { at, rows, logits_rows, prompt_rows } in &mut members {
             let sequence = &mut self.running[*at].sequence;
             if sequence.prompt_rows(*rows) > 0 {
@@ -438,17 +515,23 @@ impl Runner {
         let (mut decodes, mut prompts, mut position) = (Load::default(), 0, None);
         for Running { sequence, .. } in &mut self.running {
             sequence.drafts.clear();
-            match sequence.tokens.len() - sequence.computed {
-                1 => decodes.add(sequence.computed, 1, 1),
-                _ => {
-                    prompts += 1;
-                    position = position.or(Some(sequence.computed));
+            if sequence.is_at_its_end() {
+                sequence.may_decode = sequence.share.promise(1, self.plans) == 1;
+                if sequence.may_decode {
+                    decodes.add(sequence.computed, 1, 1);
                 }
             }
         }
-        prompts += self.waiting.len().min(sequences_max - self.running.len());
+        // A prompt may yet have rows to go before its first token.
+        for Running { sequence, .. } in self.running.iter_mut().filter(|running| !running.sequence.is_at_its_end()) {
+            sequence.may_decode = sequence.share.promise(1, self.plans) == 1;
+            prompts += 1;
+            position = position.or(Some(sequence.computed));
+        }
+        let able = self.waiting.iter().filter(|(_, sequence)| !sequence.share.is_empty());
+        prompts += able.take(sequences_max - self.running.len()).count();
         if speculation != Speculation::Off && prompts == 0 {
-            for Running { sequence, .. } in &mut self.running {
+            for Running { sequence, .. } in self.running.iter_mut().filter(|running| running.sequence.may_decode) {
                 // What a row costs, in tokens that the batch could have had instead.
                 let price = self.pace.draft_price(decodes, sequence.computed) * decodes.rows as f64;
                 let wanted = match speculation {
@@ -458,7 +541,9 @@ impl Runner {
                     _ => sequence.drafter.wanted(price),
                 };
                 let most = wanted.min(sequence.output_left().saturating_sub(1));
-                sequence.drafts.extend_from_slice(sequence.drafter.guess(&sequence.tokens, most));
+                let guess = sequence.drafter.guess(&sequence.tokens, most);
+                let paid = sequence.share.promise(guess.len(), self.plans);
+                sequence.drafts.extend_from_slice(&guess[..paid]);
             }
         }
         let chunk_tokens_max = self.pace.chunk_tokens(decodes, prompts, position.unwrap_or(0));
@@ -469,21 +554,24 @@ impl Runner {
     fn candidate(&self, at: usize) -> Candidate {
         let Some((ticket, sequence)) = self.waiting.get(at) else { unreachable!("asked for within the line") };
         let (tokens, priority) = (sequence.tokens.len(), ticket.priority);
-        if !self.settings.prefix_cache {
-            return Candidate { tokens, priority, found: 0, found_free: 0, behind: None };
+        let may_decode = sequence.share.promise(1, self.plans) == 1;
+        if !self.settings.prefix_cache || !may_decode {
+            return Candidate { tokens, may_decode, priority, found: 0, found_free: 0, behind: None };
         }
         let usable = sequence.usable();
         let found = self.pool.find(usable);
         let next = usable.get(found.blocks);
         let computes_next = |other: &Sequence| next.is_some() && other.chain.names().get(found.blocks) == next;
-        // Nobody waits for somebody of a lower class, who may itself have to wait.
-        let leads = |running: &Running| running.ticket.priority >= priority && computes_next(&running.sequence);
+        // Nobody waits for somebody of a lower class, who may itself have to wait, nor for who waits for tokens.
+        let leads = |Running { ticket, sequence }: &Running| {
+            ticket.priority >= priority && !sequence.waits_for_tokens() && computes_next(sequence)
+        };
         let behind = if self.running.iter().any(leads) {
             Some(Leader::Running)
         } else {
             self.waiting.iter().take(at).position(|(_, other)| computes_next(other)).map(Leader::Waiting)
         };
-        Candidate { tokens, priority, found: found.blocks, found_free: found.kept, behind }
+        Candidate { tokens, may_decode, priority, found: found.blocks, found_free: found.kept, behind }
     }
 
     /// Has it worked out what the grammars of those that are sampled from in this step allow.
@@ -529,112 +617,6 @@ impl Member {
     fn new(at: usize, rows: usize) -> Self {
         Self { at, rows, logits_rows: 0, prompt_rows: 0 }
     }
-}
-
-/// What came of one sequence's step.
-struct End {
-    /// Drafts that were right.
-    accepted: usize,
-    /// Its last event, if it has ended.
-    last: Option<EngineEventBody>,
-}
-
-type Mask = Result<TokenSet, GrammarError>;
-
-/// The prompt's rows from the sequence's first row that is computed now.
-fn tell_of_prompt<'a>(sequence: &mut Sequence, rows: impl Iterator<Item = &'a [f32]>, scratch: &mut sampler::Scratch) {
-    let top = sequence.spec.telling.prompt_logprobs.unwrap_or(0) as usize;
-    for (row, at) in rows.zip(sequence.computed..) {
-        // A prompt that is computed again, after a preemption, has been told of as far as it got.
-        if let Some(token) = sequence.untold(at) {
-            sequence.tell_of_prompt(logprobs::detail(row, token, top, &mut scratch.weights));
-        }
-    }
-}
-
-/// A grammar that turns out to be too much, at a place that its author chose: what was told before is no failure of
-/// ours, and is paid for.
-fn cannot_follow(sequence: &mut Sequence, error: &GrammarError) -> EngineEventBody {
-    if sequence.answer().is_empty() {
-        return EngineEventBody::Failed { message: format!("the grammar cannot be followed: {error}") };
-    }
-    tracing::warn!(request = %sequence.spec.request, %error, "an answer was cut off: its grammar cannot be followed");
-    cut_off(sequence)
-}
-
-/// As if there were no room for more.
-fn cut_off(sequence: &mut Sequence) -> EngineEventBody {
-    let Ending { reason, stopped_by } = sequence.cut();
-    EngineEventBody::Finished { reason, stopped_by, usage: sequence.usage() }
-}
-
-/// Samples from row after row of `logits` for as long as what comes out is what the next row was computed
-/// with. Random numbers belong to positions, so this is what would have come out row by row.
-fn verify<'a>(
-    sequence: &mut Sequence,
-    logits: impl Iterator<Item = &'a [f32]>,
-    drafts: &[u32],
-    mask: Option<Mask>,
-    vocabulary: &Vocabulary,
-    scratch: &mut sampler::Scratch,
-) -> End {
-    let mut end = End { accepted: 0, last: None };
-    let failed = |message: &str| Some(EngineEventBody::Failed { message: message.to_owned() });
-    let mask = match mask.transpose() {
-        Ok(mask) => mask,
-        Err(error) => return End { accepted: 0, last: Some(cannot_follow(sequence, &error)) },
-    };
-    for (i, row) in logits.enumerate() {
-        if !sampler::is_finite(row) {
-            end.last = failed("the model computed something that is not a number");
-            break;
-        }
-        let Some(token) = choose(sequence, row, mask.as_ref(), scratch) else {
-            end.last = Some(cut_off(sequence));
-            break;
-        };
-        let is_right = drafts.get(i) == Some(&token);
-        end.accepted += usize::from(is_right);
-        // All but the token that is new now.
-        sequence.computed = sequence.tokens.len();
-        let telling = sequence.spec.telling;
-        let detail = telling.tells_tokens().then(|| match telling.logprobs {
-            Some(top) => logprobs::detail(row, token, top as usize, &mut scratch.weights),
-            None => TokenDetail { token, logprob: 0.0, rank: 0, top: Vec::new(), is_hidden: false },
-        });
-        let matched = sequence.constraint.as_mut().map(|constraint| constraint.accept(token)).transpose();
-        let ending = sequence.accept(token, detail, vocabulary);
-        let ending = match (ending, matched) {
-            (_, Err(error)) => {
-                end.last = Some(cannot_follow(sequence, &error));
-                break;
-            }
-            (None, Ok(Some(true))) => Some(sequence.complete()),
-            (ending, _) => ending,
-        };
-        if let Some(Ending { reason, stopped_by }) = ending {
-            end.last = Some(EngineEventBody::Finished { reason, stopped_by, usage: sequence.usage() });
-            break;
-        }
-        if !is_right {
-            break;
-        }
-    }
-    sequence.drafter.learn(drafts.len(), end.accepted);
-    end
-}
-
-/// The next token, from a row of logits. `None` if nothing may come.
-fn choose(sequence: &Sequence, row: &[f32], mask: Option<&TokenSet>, scratch: &mut sampler::Scratch) -> Option<u32> {
-    let (params, position) = (&sequence.spec.sampling, sequence.tokens.len());
-    if sequence.shaper.is_none() && mask.is_none() {
-        return Some(sampler::sample(row, params, position, scratch));
-    }
-    let mut shaped = std::mem::take(&mut scratch.shaped);
-    let is_possible = logits::shape(row, sequence.shaper.as_ref(), mask, sequence.answer(), &mut shaped);
-    let token = is_possible.then(|| sampler::sample(&shaped, params, position, scratch));
-    scratch.shaped = shaped;
-    token
 }
 
 #[cfg(test)]

@@ -1,7 +1,10 @@
 //! One request inside the engine: its tokens, its KV blocks, and its text.
 
+use sha2::{Digest, Sha256};
+
 use super::{
     EngineEvent, EngineEventBody, EngineRequest,
+    allowance::Share,
     blocks::{BlockPool, BlockTable},
     draft::Drafter,
     logits::Shaper,
@@ -10,13 +13,17 @@ use super::{
     text::{Progress, TextAssembler},
 };
 use crate::{
-    domain::{FinishReason, Priority, StoppedBy, TokenDetail, Usage},
+    domain::{FinishReason, FundsEnd, Priority, StoppedBy, TokenDetail, Usage},
     grammar::Constraint,
     model::Vocabulary,
 };
 
 pub struct Sequence {
     pub spec: EngineRequest,
+    /// What is paid for of its answer.
+    pub share: Share,
+    /// Whether a token is set aside for it in the step that is being planned or run.
+    pub may_decode: bool,
     /// Prompt and output; while a step verifies drafts, these as well.
     pub tokens: Vec<u32>,
     pub computed: usize,
@@ -51,7 +58,13 @@ pub struct Ending {
 }
 
 impl Sequence {
-    pub fn new(mut spec: EngineRequest, pool: &BlockPool, block_tokens: usize, vocabulary: &Vocabulary) -> Self {
+    pub fn new(
+        mut spec: EngineRequest,
+        share: Share,
+        pool: &BlockPool,
+        block_tokens: usize,
+        vocabulary: &Vocabulary,
+    ) -> Self {
         let stops = std::mem::take(&mut spec.stops.strings);
         let mut ends = spec.stops.tokens.clone();
         if !spec.stops.ignore_eos {
@@ -60,6 +73,8 @@ impl Sequence {
         let mut chain = Chain::new(&spec.lane, &spec.cache_salt, block_tokens);
         chain.extend(&spec.prompt);
         Self {
+            share,
+            may_decode: false,
             tokens: spec.prompt.clone(),
             computed: 0,
             blocks: pool.table(&spec.lane),
@@ -87,6 +102,7 @@ impl Sequence {
             blocks: self.blocks.ids().len(),
             own_blocks: self.blocks.own(),
             drafts: self.drafts.len(),
+            may_decode: self.may_decode,
             priority,
         }
     }
@@ -103,6 +119,16 @@ impl Sequence {
     /// Output tokens that it may still get.
     pub fn output_left(&self) -> usize {
         (self.spec.prompt.len() + self.spec.output_tokens_max as usize).saturating_sub(self.tokens.len())
+    }
+
+    /// Whether it lacks nothing but the token that comes next.
+    pub fn is_at_its_end(&self) -> bool {
+        self.tokens.len() - self.computed == 1
+    }
+
+    /// Whether it could only go on with a token that nobody has paid for yet.
+    pub fn waits_for_tokens(&self) -> bool {
+        self.is_at_its_end() && !self.may_decode
     }
 
     /// The blocks that it may take from others: none where every row of the prompt is to be told of.
@@ -157,6 +183,7 @@ impl Sequence {
 
     /// Adds a decoded token, and what is to be told of it. The ending when the answer is over with it.
     pub fn accept(&mut self, token: u32, detail: Option<TokenDetail>, vocabulary: &Vocabulary) -> Option<Ending> {
+        self.share.take();
         self.tokens.push(token);
         self.uncounted += 1;
         if let Some(shaper) = &mut self.shaper {
@@ -209,6 +236,12 @@ impl Sequence {
         Ending { reason: FinishReason::Length, stopped_by: None }
     }
 
+    /// The ending if all is decoded that will ever be paid for.
+    pub fn run_out(&mut self) -> Option<Ending> {
+        let why: Option<FundsEnd> = self.share.end()?;
+        Some(Ending { stopped_by: why.map(StoppedBy::Funds), ..self.cut() })
+    }
+
     /// Nothing may follow what its grammar has read.
     pub fn complete(&mut self) -> Ending {
         self.said += &self.text.finish();
@@ -248,6 +281,13 @@ impl Sequence {
             let details = self.details.drain(..told).map(|(detail, _)| detail).collect();
             events.push(self.event(EngineEventBody::Delta { text, tokens, details }));
         }
+    }
+
+    /// The last event.
+    pub fn finished(&self, Ending { reason, stopped_by }: Ending) -> EngineEventBody {
+        let mut digest = Sha256::new();
+        self.answer().iter().for_each(|token| digest.update(token.to_le_bytes()));
+        EngineEventBody::Finished { reason, stopped_by, usage: self.usage(), digest: digest.finalize().into() }
     }
 
     pub fn event(&self, body: EngineEventBody) -> EngineEvent {

@@ -119,6 +119,8 @@ impl Models {
         PoolSpec {
             model: id.clone(),
             sequences_max: model.sequences_max,
+            // A hold covers the longest answer.
+            step_tokens: 0,
             stall_max: Duration::from_millis(config.engine.stall_ms_max),
             policy: RestartPolicy::default(),
             grammars: Arc::clone(&self.grammars[&id]),

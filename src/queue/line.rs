@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// First byte of a stored job. A node that reads another one was not made for this queue's jobs.
-const JOB_FORMAT: u8 = 4;
+const JOB_FORMAT: u8 = 5;
 /// Requests that one sweep takes out at most; the rest is for the next one.
 const EXPIRED_PER_SWEEP: usize = 256;
 /// A cancellation that its edge has not read by then is forgotten.

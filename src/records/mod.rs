@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    domain::{NodeId, RequestId, TenantId},
+    domain::{FundsEnd, NodeId, RequestId, TenantId},
     store::{Function, Reply, Store, StoreError, keys},
 };
 
@@ -29,7 +29,7 @@ pub struct Record {
 }
 
 /// First byte of a stored record.
-const RECORD_FORMAT: u8 = 1;
+const RECORD_FORMAT: u8 = 2;
 /// Ids of a tenant's records that are read at once.
 const LIST_MAX: usize = 100;
 /// Records that one page looks at, whether it wants them or not.
@@ -100,6 +100,8 @@ pub struct Answered {
     pub content_type: String,
     /// Names of fields that had no effect.
     pub ignored: Vec<String>,
+    /// What there was not enough of for a longer answer.
+    pub limited_by: Option<FundsEnd>,
     pub body: Vec<u8>,
 }
 

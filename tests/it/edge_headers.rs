@@ -5,7 +5,7 @@ use std::io::Read;
 use lightcone::{
     admission::{LimitKind, Limits},
     config,
-    domain::{FinishReason, Priority},
+    domain::{EventBody, FinishReason, FundsEnd, Priority, StoppedBy},
 };
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
@@ -59,6 +59,51 @@ async fn every_admitted_answer_says_what_is_left_and_the_first_beyond_it_is_a_42
     let models = front.get("/v1/models").send().await.expect("an answer");
     assert_eq!((models.status().as_u16(), header(&models, "x-ratelimit-limit-requests")), (200, None));
     front.house.assert_balanced().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_for_which_the_money_ran_out_says_so() {
+    let front = Front::start().await;
+    for (why, limited_by, stop_reason) in [
+        (FundsEnd::Balance, "balance", "balance_exhausted"),
+        (FundsEnd::SpendLimit, "spend_limit", "spend_limit_reached"),
+    ] {
+        for path in ["chat/completions", "completions", "responses"] {
+            for stream in [false, true] {
+                let mut body = match path {
+                    "completions" => json!({ "prompt": "Hello" }),
+                    "responses" => json!({ "input": "Hello" }),
+                    _ => hello(),
+                };
+                body["stream"] = json!(stream);
+                let ask = || {
+                    let request = front.http.post(format!("{}/v1/{path}", front.url)).bearer_auth(&front.house.secret);
+                    // Told again, it is the same.
+                    request.header("idempotency-key", format!("{path} {stream} {limited_by}")).json(&body).send()
+                };
+                let waiting = tokio::spawn(ask());
+                let claim = front.claim().await;
+                let _ = front.deliver(&claim, 0, vec![EventBody::Accepted, EventBody::text("Hi", 1)]);
+                let reason = FinishReason::Length;
+                let usage = front.settle(&claim, 1, reason).await;
+                let ended = EventBody::ChoiceEnded { choice: 0, reason, stopped_by: Some(StoppedBy::Funds(why)) };
+                let _ = front.deliver(&claim, 2, vec![ended, EventBody::Finished { reason, usage }]);
+                for answer in [waiting.await.expect("no panic"), ask().await] {
+                    let answer = answer.expect("an answer");
+                    assert_eq!(answer.status(), 200);
+                    assert_eq!(header(&answer, "x-lightcone-limited-by"), (!stream).then_some(limited_by), "{path}");
+                    let text = answer.text().await.expect("a body");
+                    match path {
+                        "responses" => assert!(text.contains(r#""reason":"max_output_tokens""#), "{text}"),
+                        _ => {
+                            assert!(text.contains(&format!(r#""stop_reason":"{stop_reason}""#)), "{text}");
+                            assert!(text.contains(r#""finish_reason":"length""#), "{text}");
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

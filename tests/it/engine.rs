@@ -104,7 +104,7 @@ fn a_cancelled_request_ends_within_a_step_and_gives_its_blocks_back() {
     let mut served = Served::spawn(spec(2, 64, 64));
     let mut endless = request("endless", QUESTIONS[2], 900);
     endless.stops.ignore_eos = true;
-    served.handle.submit(endless).unwrap();
+    served.handle.submit(vec![endless]).unwrap();
     let mut steps_after_cancel = 0;
     let mut cancelled = false;
     loop {

@@ -47,6 +47,7 @@ fn job(tenant: &str, prompt_tokens: usize) -> Job {
         price: Price::flat(NanoUsd::new(200), NanoUsd::new(300)),
         price_version: "2026-11".to_owned(),
         hold: NanoUsd::new(6_800),
+        allowed_tokens: 32,
         reply_to: ReplyTo { node: NodeId::generate(), relay: Some("127.0.0.1:1".to_owned()) },
         enqueued_unix_ms: 5_000,
         deadline_unix_ms: 65_000,

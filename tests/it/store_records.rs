@@ -10,7 +10,7 @@ use lightcone::{
 use crate::support::house::House;
 
 fn answer(text: &str) -> Answered {
-    Answered { content_type: "application/json".into(), ignored: vec![], body: text.into() }
+    Answered { content_type: "application/json".into(), ignored: vec![], limited_by: None, body: text.into() }
 }
 
 #[tokio::test]

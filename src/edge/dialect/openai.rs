@@ -5,7 +5,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
-    domain::{ModelId, Priority, StoppedBy, TokenDetail, Usage},
+    domain::{FundsEnd, ModelId, Priority, StoppedBy, TokenDetail, Usage},
     edge::answer::{Form, Logprobs, Whole, WholeCall, WholeChoice, WireReason},
 };
 
@@ -139,6 +139,8 @@ pub fn stop_reason(stopped_by: &StoppedBy) -> Value {
     match stopped_by {
         StoppedBy::Text(text) => json!(text),
         StoppedBy::Token(token) => json!(token),
+        StoppedBy::Funds(FundsEnd::Balance) => json!("balance_exhausted"),
+        StoppedBy::Funds(FundsEnd::SpendLimit) => json!("spend_limit_reached"),
     }
 }
 

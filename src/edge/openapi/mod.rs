@@ -121,7 +121,7 @@ fn described(operation: &Operation, model: &str) -> Value {
 fn success(operation: &Operation) -> Value {
     let mut named: Vec<&str> = Vec::new();
     if operation.events.is_some() {
-        named.push("x-lightcone-ignored");
+        named.extend(["x-lightcone-ignored", "x-lightcone-limited-by"]);
         named.extend(LIMITS);
     }
     let mut content = Map::new();
@@ -290,6 +290,10 @@ fn headers() -> Value {
         "x-request-id": required("Names the request in our logs.", json!({ "type": "string", "pattern": "^req_[0-9a-f]{32}$" })),
         "openai-processing-ms": required("Until the answer began.", count()),
         "x-lightcone-ignored": header("Fields of the request that had no effect.", json!({ "type": "string" })),
+        "x-lightcone-limited-by": header(
+            "What there was not enough of for a longer answer; of answers that are no streams.",
+            json!({ "enum": ["balance", "spend_limit"] }),
+        ),
         "x-should-retry": header("Whether sending the same again can help.", json!({ "enum": ["true", "false"] })),
         "retry-after": header("Seconds after which to try again.", json!({ "type": "integer", "minimum": 1 })),
         "retry-after-ms": header("The same in milliseconds.", json!({ "type": "integer", "minimum": 1 })),

@@ -8,11 +8,11 @@ const LIMITS: Limits =
 
 fn at(tokens: usize, computed: usize) -> Demand {
     let blocks = computed.div_ceil(16);
-    Demand { tokens, computed, blocks, own_blocks: blocks, drafts: 0, priority: Normal }
+    Demand { tokens, computed, blocks, own_blocks: blocks, drafts: 0, may_decode: true, priority: Normal }
 }
 
 fn new(tokens: usize) -> Candidate {
-    Candidate { tokens, priority: Normal, found: 0, found_free: 0, behind: None }
+    Candidate { tokens, may_decode: true, priority: Normal, found: 0, found_free: 0, behind: None }
 }
 
 fn none() -> std::iter::Empty<Candidate> {
@@ -110,17 +110,71 @@ fn drafts_get_what_is_left_and_only_while_nobody_catches_up() {
     assert_eq!(rows(&plan(&[tight], none(), 2, &LIMITS)), [8]);
 }
 
+/// Who may not have its next token.
+fn sitting(demand: Demand) -> Demand {
+    Demand { may_decode: false, ..demand }
+}
+
+#[test]
+fn who_may_not_decode_computes_all_but_the_last_row_and_then_sits() {
+    assert_eq!(rows(&plan(&[sitting(at(20, 10)), at(9, 8)], none(), 100, &LIMITS)), [9, 1]);
+    assert_eq!(rows(&plan(&[sitting(at(20, 19)), at(9, 8)], none(), 100, &LIMITS)), [0, 1]);
+    // It is not stuck: it would not move with more blocks either.
+    assert_eq!(rows(&plan(&[sitting(at(17, 16))], none(), 0, &LIMITS)), [0]);
+}
+
+#[test]
+fn of_a_class_those_who_sit_give_way_first() {
+    let running = [at(17, 16), sitting(at(49, 48)), at(33, 32)];
+    let expected = [Turn::Rows(1), Turn::Preempted, Turn::Rows(1)];
+    assert_eq!(plan(&running, none(), 0, &LIMITS).running, expected);
+    let high = [running[0], Demand { priority: High, ..running[1] }, running[2]];
+    assert_eq!(plan(&high, none(), 0, &LIMITS).running, [Turn::Preempted, Turn::Rows(0), Turn::Rows(1)]);
+}
+
+#[test]
+fn where_all_sit_one_gives_way_to_who_could_go_on_unless_that_is_of_a_lower_class() {
+    let running = [sitting(at(33, 32)), sitting(at(17, 16))];
+    let full = Limits { sequences_max: 2, ..LIMITS };
+    let turns = |candidate: Candidate, blocks: usize, limits: &Limits| {
+        let plan = plan(&running, [candidate].into_iter(), blocks, limits);
+        assert_eq!(plan.admitted, []);
+        plan.running
+    };
+    let (stay, leave) = ([Turn::Rows(0); 2], [Turn::Rows(0), Turn::Preempted]);
+    assert_eq!(turns(new(5), 100, &full), leave);
+    assert_eq!(turns(new(50), 2, &LIMITS), leave);
+    assert_eq!(turns(Candidate { priority: Low, ..new(5) }, 100, &full), stay);
+    assert_eq!(turns(Candidate { may_decode: false, ..new(5) }, 100, &full), stay);
+    assert_eq!(turns(Candidate { behind: Some(Leader::Running), ..new(5) }, 100, &full), stay);
+    // One who moves is enough: nobody goes.
+    let moving = plan(&[running[0], at(9, 8)], [new(5)].into_iter(), 100, &full);
+    assert_eq!((rows(&moving), moving.admitted), (vec![0, 1], vec![]));
+}
+
+#[test]
+fn who_may_not_decode_does_not_join_and_is_in_nobodys_way() {
+    let waiting = [Candidate { may_decode: false, ..new(5) }, new(6)];
+    assert_eq!(plan(&[], waiting.into_iter(), 100, &LIMITS).admitted, [(1, 6)]);
+}
+
 fn demand() -> impl Strategy<Value = Demand> {
     let priority = prop::sample::select(vec![Low, Normal, High]);
-    (prop_oneof![Just(1usize), 1usize..400], 0usize..400, 0usize..8, priority)
-        .prop_map(|(more, computed, drafts, priority)| Demand { drafts, priority, ..at(computed + more, computed) })
+    (prop_oneof![Just(1usize), 1usize..400], 0usize..400, 0usize..8, prop::bool::weighted(0.7), priority).prop_map(
+        |(more, computed, drafts, may_decode, priority)| Demand {
+            drafts,
+            may_decode,
+            priority,
+            ..at(computed + more, computed)
+        },
+    )
 }
 
 proptest! {
     #[test]
     fn every_plan_keeps_its_bounds_and_moves_something_forward(
         running in prop::collection::vec(demand(), 0..4),
-        waits in prop::collection::vec((1usize..400, 0usize..30, any::<bool>()), 0..6),
+        waits in prop::collection::vec((1usize..400, 0usize..30, any::<bool>(), any::<bool>()), 0..6),
         spare in 0usize..30,
         chunk_tokens_max in 1usize..64,
     ) {
@@ -128,10 +182,10 @@ proptest! {
         // As at load time: one sequence of the longest length always fits.
         let free = (800usize.div_ceil(16) + 1).saturating_sub(held).max(spare);
         let limits = Limits { chunk_tokens_max, blocks_total: held + free, ..LIMITS };
-        let waiting = waits.iter().enumerate().map(|(i, (tokens, found, waits))| {
+        let waiting = waits.iter().enumerate().map(|(i, (tokens, found, waits, may_decode))| {
             let found = (*found).min((tokens - 1) / 16);
             let behind = waits.then(|| if i == 0 { Leader::Running } else { Leader::Waiting(i - 1) });
-            Candidate { found, behind, ..new(*tokens) }
+            Candidate { found, behind, may_decode: *may_decode, ..new(*tokens) }
         });
         let plan = plan(&running, waiting.clone(), free, &limits);
         prop_assert_eq!(plan.running.len(), running.len());
@@ -143,6 +197,7 @@ proptest! {
                     rows += n;
                     let lacking = d.tokens - d.computed;
                     prop_assert!(*n <= lacking || (lacking == 1 && *n <= 1 + d.drafts));
+                    prop_assert!(d.may_decode || *n < lacking);
                     *(if lacking == 1 { &mut decodes } else { &mut chunk_rows }) += n;
                     taken += (d.computed + n).div_ceil(16).saturating_sub(d.blocks);
                 }
@@ -151,7 +206,7 @@ proptest! {
         let candidates: Vec<Candidate> = waiting.collect();
         for (at, n) in &plan.admitted {
             let c = candidates[*at];
-            prop_assert!(*n >= 1 && *n <= c.tokens - 16 * c.found);
+            prop_assert!(c.may_decode && *n >= 1 && *n <= c.tokens - 16 * c.found);
             rows += n;
             chunk_rows += n;
             taken += (16 * c.found + n).div_ceil(16) - c.found;
@@ -162,13 +217,15 @@ proptest! {
         prop_assert!(running.len() + plan.admitted.len() <= limits.sequences_max);
         prop_assert!(plan.admitted.is_empty() || preempted == 0);
         prop_assert!(plan.admitted.is_sorted());
-        prop_assert!(running.is_empty() || rows > 0, "a step that computes nothing would loop forever");
+        let sitting = running.iter().filter(|d| d.sits()).count();
+        let is_change = rows > 0 || preempted > 0 && sitting > 0;
+        prop_assert!(sitting == running.len() || is_change, "a step that changes nothing would loop forever");
         prop_assert!(taken <= free + freed);
         if preempted > 0 {
             let worst_kept = plan.running.iter().zip(&running).filter(|(t, _)| **t != Turn::Preempted)
-                .map(|(_, d)| (d.priority, d.computed)).min();
+                .map(|(_, d)| (d.priority, !d.sits(), d.computed)).min();
             let best_gone = plan.running.iter().zip(&running).filter(|(t, _)| **t == Turn::Preempted)
-                .map(|(_, d)| (d.priority, d.computed)).max();
+                .map(|(_, d)| (d.priority, !d.sits(), d.computed)).max();
             prop_assert!(worst_kept >= best_gone);
         }
     }

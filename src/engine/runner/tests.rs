@@ -9,11 +9,15 @@ use std::{
 };
 
 use proptest::prelude::*;
+use sha2::{Digest, Sha256};
 
 use super::*;
 use crate::{
-    domain::{FinishReason, Priority, SamplingParams, Stops, Telling, Usage},
-    engine::text::{Progress, TextAssembler},
+    domain::{FinishReason, Priority, SamplingParams, StoppedBy, Stops, Telling, TokenDetail, Usage},
+    engine::{
+        sampler,
+        text::{Progress, TextAssembler},
+    },
 };
 
 const BLOCK: usize = 4;
@@ -134,6 +138,8 @@ fn request(id: &str, prompt: &[u32], output_tokens_max: u32) -> EngineRequest {
         priority: Priority::Normal,
         lane: "lane".into(),
         cache_salt: vec![],
+        allowed_tokens: output_tokens_max,
+        step_tokens: 0,
     }
 }
 
@@ -142,8 +148,14 @@ fn prompt(seed: u64, count: usize) -> Vec<u32> {
     (0..count as u64).map(|i| 1 + (mark(&[seed as u32, i as u32]) % 10) as u32).collect()
 }
 
-/// The answer, token by token, without an engine.
+/// The answer, without an engine.
 fn expected(request: &EngineRequest) -> (String, FinishReason, u32) {
+    let (tokens, text, reason) = decoded(request);
+    (text, reason, tokens.len() as u32)
+}
+
+/// Token by token.
+fn decoded(request: &EngineRequest) -> (Vec<u32>, String, FinishReason) {
     let vocabulary = vocabulary();
     let (mut tokens, mut said) = (request.prompt.clone(), String::new());
     let mut text = TextAssembler::new(request.stops.strings.clone(), request.stops.are_shown, String::new());
@@ -151,20 +163,21 @@ fn expected(request: &EngineRequest) -> (String, FinishReason, u32) {
     loop {
         let token = sampler::sample(&wished(request, &tokens), &request.sampling, tokens.len(), &mut scratch);
         tokens.push(token);
-        let decoded = (tokens.len() - request.prompt.len()) as u32;
+        let answer = || tokens[request.prompt.len()..].to_vec();
+        let decoded = answer().len() as u32;
         let is_stop = request.stops.tokens.contains(&token);
         if token == 0 && !request.stops.ignore_eos || is_stop && !request.stops.are_shown {
-            return (said + &text.finish(), FinishReason::Stop, decoded);
+            return (answer(), said + &text.finish(), FinishReason::Stop);
         }
         match text.push(vocabulary.bytes(token), decoded > request.sampling.min_tokens) {
-            Progress::Stopped { text, .. } => return (said + &text, FinishReason::Stop, decoded),
+            Progress::Stopped { text, .. } => return (answer(), said + &text, FinishReason::Stop),
             Progress::Text(more) => said += &more,
         }
         if is_stop {
-            return (said + &text.finish(), FinishReason::Stop, decoded);
+            return (answer(), said + &text.finish(), FinishReason::Stop);
         }
         if decoded == request.output_tokens_max {
-            return (said + &text.finish(), FinishReason::Length, decoded);
+            return (answer(), said + &text.finish(), FinishReason::Length);
         }
     }
 }
@@ -206,26 +219,45 @@ fn logprob(tokens: &[u32], token: u32) -> f64 {
     f64::from(logits[token as usize]) - total.ln()
 }
 
+/// The name of a choice.
+fn name(request: &RequestId, choice: u32) -> String {
+    if choice == 0 { request.to_string() } else { format!("{request}.{choice}") }
+}
+
+/// What was heard of each choice.
 #[derive(Default)]
 struct Heard {
     texts: BTreeMap<String, String>,
     details: BTreeMap<String, Vec<TokenDetail>>,
     prompts: BTreeMap<String, Vec<TokenDetail>>,
     ended: BTreeMap<String, Result<(FinishReason, Usage), String>>,
+    stopped_by: BTreeMap<String, StoppedBy>,
+    digests: BTreeMap<String, [u8; 32]>,
+    /// Requests that need so many tokens more.
+    needs: Vec<(RequestId, u32)>,
 }
 
 impl Heard {
     fn listen(&mut self, runner: &mut Runner) {
         for event in std::mem::take(&mut runner.events) {
-            let id = event.request.to_string();
-            assert!(!self.ended.contains_key(&id), "{id} speaks after its end");
-            match event.body {
+            let id = name(&event.request, event.choice);
+            let EngineEvent { request, body, .. } = event;
+            assert!(
+                matches!(body, EngineEventBody::NeedsTokens { .. }) || !self.ended.contains_key(&id),
+                "{id} speaks after its end"
+            );
+            match body {
+                EngineEventBody::NeedsTokens { wanted } => self.needs.push((request, wanted)),
                 EngineEventBody::Prompt { tokens } => self.prompts.entry(id).or_default().extend(tokens),
                 EngineEventBody::Delta { text, details, .. } => {
                     *self.texts.entry(id.clone()).or_default() += &text;
                     self.details.entry(id).or_default().extend(details);
                 }
-                EngineEventBody::Finished { reason, usage, .. } => drop(self.ended.insert(id, Ok((reason, usage)))),
+                EngineEventBody::Finished { reason, stopped_by, usage, digest } => {
+                    self.stopped_by.extend(stopped_by.map(|stopped_by| (id.clone(), stopped_by)));
+                    self.digests.insert(id.clone(), digest);
+                    self.ended.insert(id, Ok((reason, usage)));
+                }
                 EngineEventBody::Failed { message } => drop(self.ended.insert(id, Err(message))),
             }
         }
@@ -236,9 +268,12 @@ impl Heard {
     }
 
     fn check(&self, request: &EngineRequest) {
-        let id = request.request.as_str();
-        let (text, reason, tokens) = expected(request);
+        let id = &name(&request.request, request.choice);
+        let (answer, text, reason) = decoded(request);
+        let tokens = answer.len() as u32;
         let (got, usage) = self.ended[id].as_ref().unwrap();
+        let bytes = answer[..usage.completion_tokens as usize].iter().flat_map(|token| token.to_le_bytes());
+        assert_eq!(self.digests[id][..], Sha256::digest(bytes.collect::<Vec<_>>())[..], "{id}");
         let said = self.texts.get(id).map_or("", String::as_str);
         if *got == FinishReason::Cancelled {
             assert!(text.starts_with(said), "{id}: {said:?} does not begin {text:?}");
@@ -251,7 +286,7 @@ impl Heard {
     }
 
     fn check_details(&self, request: &EngineRequest, decoded: usize) {
-        let id = request.request.as_str();
+        let id = &name(&request.request, request.choice);
         let told = self.details.get(id).map_or(&[][..], Vec::as_slice);
         assert_eq!(told.len(), if request.telling.tells_tokens() { decoded } else { 0 }, "{id}");
         let mut tokens = request.prompt.clone();
@@ -272,12 +307,18 @@ impl Heard {
     }
 }
 
+fn tell(runner: &mut Runner, mail: Vec<Mail>) {
+    runner.take_in(News { mail, shutdown: false });
+}
+
+/// Those of the same name are choices of one request.
 fn submit(runner: &mut Runner, requests: &[EngineRequest]) {
-    runner.take_in(News { submitted: requests.to_vec().into(), ..News::default() });
+    let choices = requests.chunk_by(|a, b| a.request == b.request);
+    tell(runner, choices.map(|choices| Mail::Submit(choices.to_vec())).collect());
 }
 
 fn cancel(runner: &mut Runner, id: &str) {
-    runner.take_in(News { cancelled: vec![id.into()], ..News::default() });
+    tell(runner, vec![Mail::Cancel(id.into())]);
 }
 
 /// Steps until nothing is left.
@@ -453,7 +494,7 @@ fn the_choices_of_a_request_are_answers_of_their_own_and_go_together() {
     let (mut runner, _) = runner(settings(60));
     let choices: Vec<EngineRequest> = (0..3u32)
         .map(|choice| {
-            let mut request = EngineRequest { choice, ..request("r", &prompt(4, 9), 12) };
+            let mut request = EngineRequest { choice, allowed_tokens: 36, ..request("r", &prompt(4, 9), 12) };
             (request.sampling.temperature, request.sampling.seed) = (1.0, choice.into());
             request
         })
@@ -595,3 +636,5 @@ proptest! {
         requests.iter().for_each(|request| heard.check(request));
     }
 }
+
+mod paid;

@@ -57,6 +57,8 @@ pub fn request(id: &str, text: &str, output_tokens_max: u32) -> EngineRequest {
         priority: Priority::Normal,
         lane: "tenant".into(),
         cache_salt: vec![],
+        allowed_tokens: output_tokens_max,
+        step_tokens: 0,
     }
 }
 
@@ -75,7 +77,7 @@ impl Served {
         let mut answers = Answers::new();
         while answers.len() < count {
             while let Some(request) = requests.peek() {
-                match self.handle.submit(request.clone()) {
+                match self.handle.submit(vec![request.clone()]) {
                     Ok(()) => drop(requests.next()),
                     Err(engine::EngineError::Full) => break,
                     Err(error) => panic!("{error}"),
@@ -87,7 +89,7 @@ impl Served {
             for event in events {
                 let id = event.request.to_string();
                 match event.body {
-                    EngineEventBody::Prompt { .. } => {}
+                    EngineEventBody::Prompt { .. } | EngineEventBody::NeedsTokens { .. } => {}
                     EngineEventBody::Delta { text, tokens, .. } => {
                         let entry = texts.entry(id).or_default();
                         entry.0 += &text;
