@@ -26,11 +26,12 @@ pub use wait::shutdown_signal;
 
 use crate::{
     admission::{Admission, LimitKind, Limits, Tier, Tiers},
-    cluster::{Cluster, ClusterContext, ClusterError, PoolStatus},
+    cluster::{self, Cluster, ClusterContext, ClusterError, PoolStatus, RecoveryError},
     config::{self, AppendFsync, Config, PriceFault, Role, ServiceTier},
     domain::{ModelId, NanoUsd, NodeId, Priority},
     edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
     engine::EngineError,
+    journal::{Journal, JournalError},
     ledger::{Ledger, Prices},
     operator::{Accounts, Bootstrap, OperatorError},
     queue::{
@@ -60,6 +61,10 @@ pub enum NodeError {
     Engine(#[from] EngineError),
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    #[error("journal: {0}")]
+    Journal(#[from] JournalError),
+    #[error("cannot settle what an earlier process left: {0}")]
+    Recovery(#[from] RecoveryError),
     #[error("cannot listen on {address}: {source}")]
     Listen { address: SocketAddr, source: std::io::Error },
     #[error(transparent)]
@@ -85,8 +90,8 @@ impl NodeError {
     /// its limits, 6 an address in use.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::DataDir(_) => 3,
-            Self::Embedded(_) | Self::Store(_) | Self::Operator(_) => 4,
+            Self::DataDir(_) | Self::Journal(_) | Self::Recovery(RecoveryError::Journal(_)) => 3,
+            Self::Embedded(_) | Self::Store(_) | Self::Operator(_) | Self::Recovery(_) => 4,
             Self::Model { .. } | Self::Engine(_) | Self::Cluster(_) | Self::Limits(_) => 5,
             Self::Listen { .. } | Self::Relay(_) => 6,
             _ => 1,
@@ -140,6 +145,15 @@ impl Node {
         let metrics = Arc::new(Metrics::new());
         let claim_lease = Duration::from_millis(config.queue.claim_lease_ms);
         let queue = Queue::new(store.clone(), QueueLimits { depth_max: config.queue.depth_max, claim_lease });
+        let journals = config.node.data_dir.join(JOURNALS);
+        let journal = match role {
+            Role::Edge => None,
+            Role::All | Role::Worker => {
+                // Before anything is given up as left over.
+                cluster::settle_left_over(&journals, &queue, &ledger, &metrics).await?;
+                Some(Arc::new(Journal::open(&journals, &node)?))
+            }
+        };
         let secret = match config.relay.secret.as_str() {
             // Nodes of role `all` on one store may claim each other's requests, so they must be able to answer.
             "" if embedded.is_none() => Some(Secret::new(&store.shared_secret().await?)),
@@ -160,6 +174,8 @@ impl Node {
             ledger: ledger.clone(),
             outlet,
             orders,
+            journal,
+            journals,
             metrics: Arc::clone(&metrics),
             claim_lease,
             sweep: Duration::from_millis(config.ledger.sweep_ms),
@@ -323,6 +339,9 @@ fn retention(edge: &crate::config::Edge) -> Retention {
     let hours = |hours: u64| Duration::from_secs(hours * 3600);
     Retention { records: hours(edge.record_hours), once: hours(edge.idempotency_hours) }
 }
+
+/// In the data folder.
+const JOURNALS: &str = "journal";
 
 /// Streams that were told of their end get this long to say so to their clients.
 const STREAMS_CLOSE_MAX: Duration = Duration::from_secs(1);

@@ -10,10 +10,14 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::flights::{Flights, Landing, Outcome};
+use super::{
+    duties::unix_ms,
+    flights::{Flights, Landing, Outcome},
+};
 use crate::{
-    domain::{Claim, EventBody, FailureCode, FinishReason, RequestId, TokenEvent, Usage},
-    ledger::{Ledger, LedgerError, ReleaseReason, Settlement},
+    domain::{Claim, EventBody, FailureCode, FinishReason, FundsEnd, RequestId, TokenEvent, Usage},
+    journal::{Ended, Journal},
+    ledger::{EndReason, Extended, Ledger, LedgerError, ReleaseReason, Settlement},
     queue::{Outgoing, Outlet, Queue},
     telemetry::Metrics,
 };
@@ -29,6 +33,8 @@ pub struct Cashier {
     queue: Queue,
     ledger: Ledger,
     outlet: Outlet,
+    /// Absent where nothing is run.
+    journal: Option<Arc<Journal>>,
     metrics: Arc<Metrics>,
     /// Older than this, a lease is confirmed before money moves.
     lease_fresh: Duration,
@@ -37,9 +43,56 @@ pub struct Cashier {
 }
 
 impl Cashier {
-    pub fn new(queue: Queue, ledger: Ledger, outlet: Outlet, metrics: Arc<Metrics>, claim_lease: Duration) -> Self {
+    pub fn new(
+        queue: Queue,
+        ledger: Ledger,
+        outlet: Outlet,
+        journal: Option<Arc<Journal>>,
+        metrics: Arc<Metrics>,
+        claim_lease: Duration,
+    ) -> Self {
         let (tasks, give_up) = (TaskTracker::new(), CancellationToken::new());
-        Self { queue, ledger, outlet, metrics, lease_fresh: claim_lease * 2 / 3, tasks, give_up }
+        Self { queue, ledger, outlet, journal, metrics, lease_fresh: claim_lease * 2 / 3, tasks, give_up }
+    }
+
+    /// Has the hold of a request grow, and lets the engine know in the background: by `allow`, of how many tokens more
+    /// are paid for, and why there will be no others.
+    pub fn extend(
+        &self,
+        claim: Arc<Claim>,
+        wanted: u32,
+        flights: &Arc<Flights>,
+        allow: impl FnOnce(u32, Option<FundsEnd>) + Send + 'static,
+    ) {
+        let (this, flights) = (self.clone(), Arc::clone(flights));
+        self.tasks.spawn(async move {
+            let extending = this.extended(&claim, wanted, &flights);
+            if let Some(Some(Extended { tokens, limited_by })) = this.give_up.run_until_cancelled(extending).await {
+                allow(tokens, limited_by);
+            }
+        });
+    }
+
+    /// Nothing where the request has ended meanwhile.
+    async fn extended(&self, claim: &Claim, wanted: u32, flights: &Flights) -> Option<Extended> {
+        let job = &claim.job;
+        let mut tries = Tries::new();
+        while flights.is_cancelled(&job.request) == Some(false) {
+            match self.ledger.extend(&job.tenant, &job.request, wanted).await {
+                Ok(extended) => return Some(extended),
+                Err(LedgerError::Store(error)) if error.is_transient() => {
+                    if !tries.again(&error).await {
+                        break;
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(request = %job.request, %error, "a hold cannot be extended");
+                    break;
+                }
+            }
+        }
+        // Without money there are no more tokens, whatever the reason.
+        flights.holds(&job.request).then_some(Extended { tokens: 0, limited_by: Some(FundsEnd::Balance) })
     }
 
     /// Ends requests in the background.
@@ -68,9 +121,7 @@ impl Cashier {
                     "no worker could take the request in time",
                     ReleaseReason::DeadlineExceeded,
                 ),
-                _ => {
-                    (FailureCode::WorkerFailed, "the worker that had the request is gone", ReleaseReason::WorkerFailed)
-                }
+                _ => (FailureCode::WorkerLost, "the worker that had the request is gone", ReleaseReason::WorkerLost),
             };
             tracing::warn!(request = %claim.job.request, model = %claim.job.model, attempt = claim.attempt, message);
             // Whatever its stream has seen so far, a failure ends it.
@@ -91,13 +142,15 @@ impl Cashier {
     async fn end(&self, landing: Landing, flights: &Flights) {
         let Landing { claim, seq, outcome } = landing;
         match outcome {
-            Outcome::Finished { reason, usage, digest: _ } => {
-                if let Some(last) = self.settle(&claim, reason, usage, flights).await {
+            Outcome::Finished { reason, funds, usage, digest } => {
+                let settlement = settlement(&claim, EndReason::of(reason, funds), usage, digest);
+                if let Some(last) = self.settle(&claim, reason, &settlement, flights).await {
                     self.send(&claim, seq, last);
                 }
             }
             Outcome::Withdrawn => {
                 self.release(&claim, ReleaseReason::Withdrawn).await;
+                self.close_in_journal(&claim);
                 self.acknowledge(&claim, 0).await;
                 // For a client that cancelled and waits to hear of it; others are gone.
                 let (reason, usage) = (FinishReason::Cancelled, Usage::default());
@@ -109,8 +162,12 @@ impl Cashier {
                 let why = match code {
                     FailureCode::Draining => ReleaseReason::Draining,
                     FailureCode::DeadlineExceeded => ReleaseReason::DeadlineExceeded,
-                    FailureCode::WorkerFailed | FailureCode::SlowConsumer => ReleaseReason::WorkerFailed,
+                    FailureCode::WorkerFailed | FailureCode::WorkerLost | FailureCode::SlowConsumer => {
+                        ReleaseReason::WorkerFailed
+                    }
                 };
+                // Free, whatever becomes of this process from here on.
+                self.close_in_journal(&claim);
                 self.release(&claim, why).await;
                 self.acknowledge(&claim, 0).await;
             }
@@ -118,19 +175,20 @@ impl Cashier {
     }
 
     /// The last event to send; `None` when the request is no longer ours.
-    async fn settle(&self, claim: &Claim, reason: FinishReason, usage: Usage, flights: &Flights) -> Option<EventBody> {
-        let job = &claim.job;
-        let settlement = Settlement {
-            request: job.request.clone(),
-            tenant: job.tenant.clone(),
-            key: job.key.clone(),
-            model: job.model.clone(),
-            usage,
-            price: job.price,
-            price_version: job.price_version.clone(),
-            reason: reason.into(),
-            digest: None,
-        };
+    async fn settle(
+        &self,
+        claim: &Claim,
+        reason: FinishReason,
+        settlement: &Settlement,
+        flights: &Flights,
+    ) -> Option<EventBody> {
+        let (job, usage) = (&claim.job, settlement.usage);
+        // First on our own disk: if the store is away for longer than this process lives, the next one settles it.
+        if let Some(journal) = &self.journal
+            && let Err(error) = journal.ended(&ended(settlement)).await
+        {
+            tracing::error!(request = %job.request, %error, "a settlement is not in the journal");
+        }
         let free =
             |message: &str| Some(EventBody::Failed { code: FailureCode::WorkerFailed, message: message.to_owned() });
         let mut tries = Tries::new();
@@ -139,8 +197,12 @@ impl Cashier {
                 tracing::warn!(request = %job.request, "lost the claim before it was settled");
                 return None;
             }
-            match self.ledger.settle(&settlement).await {
+            match self.ledger.settle(settlement).await {
                 Ok(settled) => {
+                    self.close_in_journal(claim);
+                    if settled.late {
+                        self.metrics.late_settlements.inc();
+                    }
                     if !settled.repeated {
                         let model = [job.model.as_str()];
                         self.metrics.prompt_tokens.with_label_values(&model).inc_by(usage.prompt_tokens.into());
@@ -153,6 +215,7 @@ impl Cashier {
                 }
                 Err(LedgerError::HoldGone(_)) => {
                     tracing::warn!(request = %job.request, "the hold was gone before it was settled; free of charge");
+                    self.close_in_journal(claim);
                     self.acknowledge(claim, usage.completion_tokens).await;
                     return free("the request could not be settled and was not charged");
                 }
@@ -164,6 +227,7 @@ impl Cashier {
                 Err(error) => {
                     // Needs a person; the customer is not charged for it.
                     tracing::error!(request = %job.request, %error, ?usage, "cannot settle");
+                    self.close_in_journal(claim);
                     self.release(claim, ReleaseReason::WorkerFailed).await;
                     self.acknowledge(claim, usage.completion_tokens).await;
                     return free("the request could not be settled and was not charged");
@@ -234,9 +298,42 @@ impl Cashier {
         }
     }
 
+    fn close_in_journal(&self, claim: &Claim) {
+        if let Some(journal) = &self.journal
+            && let Err(error) = journal.closed(&claim.job.request)
+        {
+            tracing::error!(request = %claim.job.request, %error, "a request stays open in the journal");
+        }
+    }
+
     fn send(&self, claim: &Arc<Claim>, seq: u32, body: EventBody) {
         let event = TokenEvent { request: claim.job.request.clone(), seq, body };
         self.outlet.send(vec![Outgoing { claim: Arc::clone(claim), event }]);
+    }
+}
+
+fn settlement(claim: &Claim, reason: EndReason, usage: Usage, digest: Option<[u8; 32]>) -> Settlement {
+    let job = &claim.job;
+    Settlement {
+        request: job.request.clone(),
+        tenant: job.tenant.clone(),
+        key: job.key.clone(),
+        model: job.model.clone(),
+        usage,
+        price: job.price,
+        price_version: job.price_version.clone(),
+        reason,
+        digest,
+    }
+}
+
+fn ended(settlement: &Settlement) -> Ended {
+    Ended {
+        request: settlement.request.clone(),
+        usage: settlement.usage,
+        reason: settlement.reason.as_str().to_owned(),
+        digest: settlement.digest,
+        unix_ms: unix_ms(),
     }
 }
 

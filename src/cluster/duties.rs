@@ -188,7 +188,7 @@ pub async fn landed(station: &Station, limit: Duration) -> bool {
     timeout(limit, all).await.is_ok()
 }
 
-fn unix_ms() -> u64 {
+pub fn unix_ms() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use crate::{
-    domain::{Claim, EventBody, FailureCode, FinishReason, NodeId, RequestId, TenantId, TokenEvent, Usage},
+    domain::{Claim, EventBody, FailureCode, FinishReason, FundsEnd, NodeId, RequestId, StoppedBy, TenantId, TokenEvent, Usage},
     engine::{EngineEvent, EngineEventBody},
     queue::Outgoing,
 };
@@ -42,6 +42,10 @@ struct Flight {
     ended: u32,
     usage: Usage,
     reason: FinishReason,
+    /// What kept it from going on, if that was money.
+    funds: Option<FundsEnd>,
+    /// Tokens of all choices that were told of.
+    decoded: u32,
     /// Of each choice that has ended, in no order.
     digests: Vec<(u32, [u8; 32])>,
 }
@@ -58,6 +62,8 @@ enum State {
 pub enum Outcome {
     Finished {
         reason: FinishReason,
+        /// What kept it from going on, if that was money.
+        funds: Option<FundsEnd>,
         usage: Usage,
         /// SHA-256 of the digests of all choices, in their order.
         digest: Option<[u8; 32]>,
@@ -86,6 +92,8 @@ pub struct Advanced {
     pub landings: Vec<Landing>,
     /// Requests that ended while the engine still has choices of them.
     pub unwanted: Vec<RequestId>,
+    /// Tokens decoded so far of the requests that got some.
+    pub decoded: Vec<(RequestId, u32)>,
     /// Requests that could use so many tokens more than are paid for.
     pub needs: Vec<(Arc<Claim>, u32)>,
 }
@@ -117,13 +125,20 @@ impl Flights {
                     flight.has_told = true;
                     EventBody::Prompt { tokens }
                 }
-                EngineEventBody::Delta { text, tokens, details } => EventBody::Delta { choice, text, tokens, details },
+                EngineEventBody::Delta { text, tokens, details } => {
+                    flight.decoded += tokens;
+                    advanced.decoded.push((request, flight.decoded));
+                    EventBody::Delta { choice, text, tokens, details }
+                }
                 EngineEventBody::NeedsTokens { wanted } => {
                     advanced.needs.push((Arc::clone(&flight.claim), wanted));
                     continue;
                 }
                 EngineEventBody::Finished { reason, stopped_by, usage, digest } => {
                     flight.digests.push((choice, digest));
+                    if let Some(StoppedBy::Funds(funds)) = stopped_by {
+                        flight.funds = Some(funds);
+                    }
                     if let Some(outcome) = flight.choice_ended(choice, reason, &usage) {
                         if outcome != Outcome::Withdrawn {
                             advanced.events.push(flight.event(EventBody::ChoiceEnded { choice, reason, stopped_by }));
@@ -177,6 +192,13 @@ impl Flights {
     /// Notes that the client has gone. `false`: not here.
     pub fn cancel(&self, request: &RequestId) -> bool {
         self.table.lock().get_mut(request).map(|flight| flight.cancelled = true).is_some()
+    }
+
+    /// Those in the air of an edge that is gone, and their clients with it.
+    pub fn of_edge(&self, edge: &NodeId) -> Vec<RequestId> {
+        let table = self.table.lock();
+        let theirs = table.iter().filter(|(_, flight)| flight.claim.job.reply_to.node == *edge);
+        theirs.map(|(request, _)| request.clone()).collect()
     }
 
     /// Whether the client has gone; `None` when the flight is no longer in the air.
@@ -245,6 +267,8 @@ impl Flight {
             ended: 0,
             usage: Usage::default(),
             reason: FinishReason::Stop,
+            funds: None,
+            decoded: 0,
             digests: Vec::new(),
         }
     }
@@ -274,8 +298,8 @@ impl Flight {
         }
         // Who leaves before the first token has got nothing and pays nothing.
         let nothing = self.reason == FinishReason::Cancelled && self.usage.completion_tokens == 0 && !self.has_told;
-        let (reason, usage, digest) = (self.reason, self.usage, self.digest());
-        Some(if nothing { Outcome::Withdrawn } else { Outcome::Finished { reason, usage, digest } })
+        let (reason, funds, usage, digest) = (self.reason, self.funds, self.usage, self.digest());
+        Some(if nothing { Outcome::Withdrawn } else { Outcome::Finished { reason, funds, usage, digest } })
     }
 
     /// `None` where not every choice has told of its own.

@@ -9,6 +9,7 @@ mod cashier;
 mod duties;
 mod flights;
 mod pool;
+mod recovery;
 mod restart;
 mod root;
 mod station;
@@ -18,12 +19,13 @@ mod testing;
 mod tests;
 mod worker;
 
-use std::{sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use ractor::{Actor, ActorRef};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use recovery::{Recovered, RecoveryError, settle_left_over};
 pub use restart::RestartPolicy;
 pub use station::PoolStatus;
 pub use worker::Loader;
@@ -31,6 +33,7 @@ pub use worker::Loader;
 use crate::{
     domain::{FailureCode, ModelId, NodeId},
     grammar::Grammars,
+    journal::Journal,
     ledger::Ledger,
     queue::{Orders, Outlet, Queue},
     telemetry::Metrics,
@@ -47,6 +50,10 @@ pub struct ClusterContext {
     pub ledger: Ledger,
     pub outlet: Outlet,
     pub orders: Orders,
+    /// Absent where there are no pools.
+    pub journal: Option<Arc<Journal>>,
+    /// Where processes of this machine have their journals.
+    pub journals: PathBuf,
     pub metrics: Arc<Metrics>,
     pub claim_lease: Duration,
     /// How often expired claims and holds of all `models` are looked for.
@@ -72,6 +79,8 @@ pub struct PoolSpec {
 pub enum ClusterError {
     #[error("cannot start the supervision tree: {0}")]
     Spawn(#[from] ractor::SpawnErr),
+    #[error("a node that runs models needs a journal")]
+    NoJournal,
     #[error("model {model}: {why}")]
     Model { model: ModelId, why: String },
 }
@@ -91,15 +100,24 @@ pub struct Cluster {
 impl Cluster {
     /// Starts the tree and its duties; models load in the background.
     pub async fn start(context: ClusterContext, pools: Vec<PoolSpec>) -> Result<Self, ClusterError> {
-        let ClusterContext { node, queue, ledger, outlet, orders, metrics, claim_lease, sweep, models } = context;
-        let cashier = Cashier::new(queue.clone(), ledger.clone(), outlet.clone(), Arc::clone(&metrics), claim_lease);
+        let ClusterContext { node, queue, ledger, outlet, orders, journal, journals, .. } = context;
+        let ClusterContext { metrics, claim_lease, sweep, models, .. } = context;
+        let cashier = Cashier::new(
+            queue.clone(),
+            ledger.clone(),
+            outlet.clone(),
+            journal.clone(),
+            Arc::clone(&metrics),
+            claim_lease,
+        );
         let mut stations = Vec::new();
         let mut arguments = Vec::new();
         for spec in pools {
             let PoolSpec { model, sequences_max, step_tokens, stall_max, policy, grammars, loader } = spec;
             let (cashier, outlet) = (cashier.clone(), outlet.clone());
             let node = node.clone();
-            let station = Station::new(node, model, sequences_max, step_tokens, grammars, cashier, outlet);
+            let journal = journal.clone().ok_or(ClusterError::NoJournal)?;
+            let station = Station::new(node, model, sequences_max, step_tokens, grammars, cashier, journal, outlet);
             let station = Arc::new(station);
             stations.push(Arc::clone(&station));
             let metrics = Arc::clone(&metrics);
@@ -121,12 +139,17 @@ impl Cluster {
         let (of, orders) = (Arc::clone(&stations), Arc::new(tokio::sync::Mutex::new(orders)));
         let obey = move || duties::obey(Arc::clone(&of), Arc::clone(&orders));
         tasks.spawn(duties::forever("obey", working.clone(), obey));
+        let recovering = (queue.clone(), ledger.clone(), Arc::clone(&metrics));
         let (models, by): (Arc<[_]>, _) = (models.into(), cashier.clone());
         let sweep = move || {
             let (models, metrics) = (Arc::clone(&models), Arc::clone(&metrics));
             duties::sweep(models, queue.clone(), ledger.clone(), by.clone(), metrics, sweep)
         };
         tasks.spawn(duties::forever("sweep", working.clone(), sweep));
+        if journal.is_some() {
+            let recover = move || recovery::go_on(recovering.clone(), journals.clone());
+            tasks.spawn(duties::forever("recover", working.clone(), recover));
+        }
         Ok(Self { stations, root, cashier, outlet, claimers, tasks, claiming, working })
     }
 

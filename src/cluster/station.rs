@@ -18,6 +18,7 @@ use crate::{
     domain::{Claim, FailureCode, FundsEnd, ModelId, NodeId, RequestId},
     engine::{EngineEvent, EngineHandle},
     grammar::Grammars,
+    journal::{Begun, Journal},
     queue::Outlet,
 };
 
@@ -48,6 +49,7 @@ pub struct Station {
     pub grammars: Arc<Grammars>,
     pub flights: Arc<Flights>,
     pub cashier: Cashier,
+    pub journal: Arc<Journal>,
     pub outlet: Outlet,
     pub status: watch::Sender<PoolStatus>,
     bench: Mutex<Option<Bench>>,
@@ -68,6 +70,7 @@ impl Station {
         step_tokens: u32,
         grammars: Arc<Grammars>,
         cashier: Cashier,
+        journal: Arc<Journal>,
         outlet: Outlet,
     ) -> Self {
         let status = watch::Sender::new(PoolStatus::Loading);
@@ -80,6 +83,7 @@ impl Station {
             grammars,
             flights,
             cashier,
+            journal,
             outlet,
             status,
             bench: Mutex::default(),
@@ -95,7 +99,8 @@ impl Station {
     /// How many claims the worker has room for. Landings that wait for the store take room as well, so that
     /// they stay bounded.
     pub fn room(&self) -> usize {
-        if self.bench.lock().is_none() {
+        // What cannot be written down must not be run up.
+        if self.bench.lock().is_none() || self.journal.fault().is_some() {
             return 0;
         }
         let (flying, all) = self.flights.count();
@@ -106,6 +111,12 @@ impl Station {
     pub fn take_in(&self, claims: Vec<Claim>) -> Result<(), Vec<Claim>> {
         let bench = self.bench.lock();
         let Some(ready) = bench.as_ref() else { return Err(claims) };
+        for claim in &claims {
+            if let Err(error) = self.journal.begin(&begun(claim)) {
+                tracing::error!(%error, "the journal does not take requests");
+                return Err(claims);
+            }
+        }
         let claims: Vec<_> = claims.into_iter().map(Arc::new).collect();
         // Under the bench's lock: a worker that is retired now will find these flights and fail them.
         let accepted = self.flights.take_in(&claims, ready.generation);
@@ -116,13 +127,24 @@ impl Station {
     }
 
     /// One step of the engine. Never waits.
-    pub fn advance(&self, events: Vec<EngineEvent>, generation: u64) {
+    pub fn advance(self: &Arc<Self>, events: Vec<EngineEvent>, generation: u64) {
         let advanced = self.flights.advance(events, generation);
+        // Before anybody hears of them: what was delivered is always known to have been decoded.
+        if !advanced.decoded.is_empty()
+            && let Err(error) = self.journal.progress(&advanced.decoded)
+        {
+            tracing::error!(%error, "the journal does not take what was decoded");
+        }
         if !advanced.events.is_empty() {
             self.outlet.send(advanced.events);
         }
         advanced.unwanted.iter().for_each(|request| self.cancel_in_engine(request));
-        advanced.needs.iter().for_each(|(claim, wanted)| self.needs_tokens(claim, *wanted));
+        for (claim, wanted) in advanced.needs {
+            let station = Arc::clone(self);
+            let request = claim.job.request.clone();
+            let allow = move |tokens, last| station.allow(&request, tokens, last);
+            self.cashier.extend(claim, wanted, &self.flights, allow);
+        }
         self.cashier.land(advanced.landings, &self.flights);
     }
 
@@ -141,11 +163,6 @@ impl Station {
         }
     }
 
-    /// A request could use `wanted` tokens more. Its hold covers all that it may ever decode, so it gets them.
-    fn needs_tokens(&self, claim: &Claim, wanted: u32) {
-        self.allow(&claim.job.request, wanted, None);
-    }
-
     /// So many tokens more of a request are paid for. See [`EngineHandle::allow`].
     pub fn allow(&self, request: &RequestId, tokens: u32, last: Option<FundsEnd>) {
         if let Some(bench) = &*self.bench.lock() {
@@ -159,9 +176,11 @@ impl Station {
         self.cancel_in_engine(request);
     }
 
+    /// Its clients are gone with it: as if each had hung up.
     pub fn edge_lost(&self, edge: &NodeId) {
-        let message = "the edge that the request came from is gone";
-        self.fail(|_, at| at == edge, FailureCode::WorkerFailed, message);
+        for request in self.flights.of_edge(edge) {
+            self.cancel(&request);
+        }
     }
 
     /// Fails what flies and is chosen: free of charge, and stopped in the engine.
@@ -197,6 +216,21 @@ impl Station {
     /// The engine's count of steps; `None` while there is no engine.
     pub fn steps(&self) -> Option<(u64, u64)> {
         self.bench.lock().as_ref().map(|bench| (bench.generation, bench.engine.load().steps))
+    }
+}
+
+fn begun(claim: &Claim) -> Begun {
+    let Claim { job, owner, attempt } = claim;
+    Begun {
+        request: job.request.clone(),
+        tenant: job.tenant.clone(),
+        key: job.key.clone(),
+        model: job.model.clone(),
+        price: job.price,
+        price_version: job.price_version.clone(),
+        prompt_tokens: u32::try_from(job.prompt.len()).unwrap_or(u32::MAX),
+        attempt: *attempt,
+        owner: owner.clone(),
     }
 }
 

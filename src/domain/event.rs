@@ -25,7 +25,8 @@ pub enum EventBody {
     ChoiceEnded { choice: u32, reason: FinishReason, stopped_by: Option<StoppedBy> },
     /// The last event of a request that ended well. It has been settled.
     Finished { reason: FinishReason, usage: Usage },
-    /// The last event of a request that failed. Nothing was charged, but for [`FailureCode::SlowConsumer`].
+    /// The last event of a request that failed. Nothing was charged, but for [`FailureCode::SlowConsumer`] and
+    /// [`FailureCode::WorkerLost`].
     Failed { code: FailureCode, message: String },
 }
 
@@ -77,14 +78,6 @@ impl FundsEnd {
     }
 }
 
-/// Why there is no money for another token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FundsEnd {
-    Balance,
-    SpendLimit,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
@@ -107,8 +100,10 @@ impl FinishReason {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureCode {
-    /// The worker died or its engine failed: the client may try again.
+    /// The engine failed, in a process that lives: free, and the client may try again.
     WorkerFailed,
+    /// The process that had the request is gone. What it had decoded, as far as its journal says, is charged.
+    WorkerLost,
     /// The request waited longer than its deadline and was never started.
     DeadlineExceeded,
     /// The node is going away and could not finish in its grace period.

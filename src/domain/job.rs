@@ -135,9 +135,9 @@ pub struct Job {
     pub priority: Priority,
     pub price: Price,
     pub price_version: String,
-    /// Money set aside at admission: the prompt plus `output_tokens_max` for each choice at `price`.
+    /// Money set aside at admission, for the prompt and the first tokens of the answer; it grows as the answer does.
     pub hold: NanoUsd,
-    /// Output tokens that it covers, of all choices together.
+    /// Output tokens that it covers at first, of all choices together.
     pub allowed_tokens: u32,
     pub reply_to: ReplyTo,
     pub enqueued_unix_ms: u64,

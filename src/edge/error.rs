@@ -329,6 +329,13 @@ impl ApiError {
                 error.0.reason = "worker_failed";
                 error
             }
+            FailureCode::WorkerLost => {
+                let why = "The worker that ran your request was lost. What it had decoded may be charged, and nothing \
+                           else. Try again.";
+                let mut error = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "server_error", why);
+                error.0.reason = "worker_lost";
+                error
+            }
             FailureCode::DeadlineExceeded => Self::unavailable(
                 "deadline_exceeded",
                 "No worker was free in time. Nothing was charged. Try again.",

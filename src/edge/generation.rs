@@ -107,7 +107,7 @@ pub async fn open(
         price: admitted.price(),
         price_version: admitted.price_version().to_owned(),
         hold: admitted.hold(),
-        allowed_tokens: wanted.output_tokens_max.saturating_mul(wanted.choices),
+        allowed_tokens: admitted.allowed_tokens(),
         reply_to: state.hub.reply_to(),
         enqueued_unix_ms: now,
         deadline_unix_ms: now.saturating_add(u64::try_from(state.wait_max.as_millis()).unwrap_or(u64::MAX)),

@@ -101,6 +101,15 @@ pub enum EndReason {
 }
 
 impl EndReason {
+    pub const ALL: [Self; 6] = [
+        Self::Stop,
+        Self::Length,
+        Self::BalanceExhausted,
+        Self::SpendLimitReached,
+        Self::Cancelled,
+        Self::WorkerLost,
+    ];
+
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Stop => "stop",
@@ -113,13 +122,25 @@ impl EndReason {
     }
 }
 
-impl From<FinishReason> for EndReason {
-    fn from(reason: FinishReason) -> Self {
-        match reason {
-            FinishReason::Stop => Self::Stop,
-            FinishReason::Length => Self::Length,
-            FinishReason::Cancelled => Self::Cancelled,
+impl EndReason {
+    /// Of an answer that ended so, where money may have been what ended it.
+    pub fn of(reason: FinishReason, funds: Option<FundsEnd>) -> Self {
+        match (reason, funds) {
+            (FinishReason::Cancelled, _) => Self::Cancelled,
+            (_, Some(FundsEnd::Balance)) => Self::BalanceExhausted,
+            (_, Some(FundsEnd::SpendLimit)) => Self::SpendLimitReached,
+            (FinishReason::Stop, None) => Self::Stop,
+            (FinishReason::Length, None) => Self::Length,
         }
+    }
+}
+
+impl std::str::FromStr for EndReason {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::ALL.into_iter().find(|reason| reason.as_str() == text);
+        known.ok_or_else(|| format!("`{text}` is no reason of an end"))
     }
 }
 
@@ -149,6 +170,8 @@ pub enum ReleaseReason {
     /// The client went away before any work was done.
     Withdrawn,
     WorkerFailed,
+    /// The process that had it died. If its journal is found and says that tokens were decoded, they are charged late.
+    WorkerLost,
     DeadlineExceeded,
     Draining,
 }
@@ -159,6 +182,7 @@ impl ReleaseReason {
             Self::NotQueued => "not_queued",
             Self::Withdrawn => "withdrawn",
             Self::WorkerFailed => "worker_failed",
+            Self::WorkerLost => "worker_lost",
             Self::DeadlineExceeded => "deadline_exceeded",
             Self::Draining => "draining",
         }

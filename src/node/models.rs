@@ -120,7 +120,7 @@ impl Models {
             model: id.clone(),
             sequences_max: model.sequences_max,
             // A hold covers the longest answer.
-            step_tokens: 0,
+            step_tokens: config.ledger.step_tokens,
             stall_max: Duration::from_millis(config.engine.stall_ms_max),
             policy: RestartPolicy::default(),
             grammars: Arc::clone(&self.grammars[&id]),

@@ -50,7 +50,11 @@ pub struct Metrics {
     pub refusals: IntCounterVec,
     /// Holds released because nobody renewed them.
     pub expired_holds: IntCounter,
-    /// grants - balance - holds - charges + refunds over all tenants; anything but 0 is an alarm.
+    /// Requests charged after their hold had been given up, because whoever ran them was dead or cut off.
+    pub late_settlements: IntCounter,
+    /// Journals that are damaged, and what of them could not be settled; each needs a person.
+    pub journal_faults: IntCounter,
+    /// grants + adjustments - balance - holds - charges + refunds over all tenants; anything but 0 is an alarm.
     pub ledger_imbalance_nano_usd: IntGauge,
     /// Streams cut because their client read too slowly.
     pub slow_streams_cut: IntCounter,
@@ -131,6 +135,14 @@ impl Metrics {
             worker_restarts: counter("lightcone_worker_restarts_total", "Restarts of worker actors", model),
             refusals: counter("lightcone_refusals_total", "Refused requests by reason", &["reason"]),
             expired_holds: plain_counter("lightcone_expired_holds_total", "Holds released because nobody renewed them"),
+            late_settlements: plain_counter(
+                "lightcone_late_settlements_total",
+                "Requests charged after their hold was given up",
+            ),
+            journal_faults: plain_counter(
+                "lightcone_journal_faults_total",
+                "Damaged journals, and entries of journals that could not be settled",
+            ),
             ledger_imbalance_nano_usd: plain_gauge("lightcone_ledger_imbalance_nano_usd", "Must be 0"),
             slow_streams_cut: plain_counter(
                 "lightcone_slow_streams_cut_total",

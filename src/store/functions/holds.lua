@@ -256,12 +256,15 @@ local function count_usage(keys, entry)
   end
 end
 
--- A request whose hold expired before it was known what it used: charged to the balance, and what that cannot
+-- Whoever had a request that was released for this could not say what it used.
+local LATE_AFTER = {expired = true, worker_lost = true}
+
+-- A request whose hold was given up before it was known what it used: charged to the balance, and what that cannot
 -- pay is written off.
 local function post_late(keys, account, entry)
   local ended = redis.call('HGET', keys[ENDED], entry.request) or ''
-  local seq = string.match(ended, '^release expired (%d+)$')
-  if not seq then
+  local reason, seq = string.match(ended, '^release (%S+) (%d+)$')
+  if not LATE_AFTER[reason or ''] then
     return ended == '' and {'absent'} or {'ended', ended}
   end
   local released = redis.call('XRANGE', keys[ENTRIES], seq .. '-0', seq .. '-0')[1]
