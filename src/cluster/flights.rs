@@ -15,7 +15,10 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use crate::{
-    domain::{Claim, EventBody, FailureCode, FinishReason, FundsEnd, NodeId, RequestId, StoppedBy, TenantId, TokenEvent, Usage},
+    domain::{
+        Claim, EventBody, FailureCode, FinishReason, FundsEnd, NodeId, RequestId, StoppedBy, TenantId, TokenEvent,
+        Usage,
+    },
     engine::{EngineEvent, EngineEventBody},
     queue::Outgoing,
 };

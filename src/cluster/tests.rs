@@ -7,7 +7,7 @@ use std::{
 
 use super::{pool::PoolMessage, root::RootMessage, testing::job, worker::WorkerMessage, *};
 use crate::{
-    domain::{EventBody, FinishReason, Job, RequestId},
+    domain::{EventBody, FinishReason, FundsEnd, Job, RequestId, StoppedBy},
     engine::{self, Backend, EngineError, EngineSpec},
     grammar::Grammars,
     model::ModelFile,
@@ -52,12 +52,15 @@ impl Tree {
         let hub = ReplyHub::new(node.clone(), 1024, None, Arc::clone(&metrics));
         let (outlet, orders) = Outlet::new(node.clone(), Some(hub.clone()), None);
         let model = ModelId::from("model");
+        let journal = Journal::open(&folder.path().join("journal"), &node).expect("a journal");
         let context = ClusterContext {
             node,
             queue: queue.clone(),
             ledger: Ledger::new(store, LEASE),
             outlet,
             orders,
+            journal: Some(Arc::new(journal)),
+            journals: folder.path().join("journal"),
             metrics: Arc::clone(&metrics),
             claim_lease: LEASE,
             sweep: Duration::from_secs(60),
@@ -154,7 +157,7 @@ async fn a_worker_actor_that_panics_fails_what_it_had_and_is_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_gets_more_tokens_as_it_needs_them() {
+async fn a_request_without_a_hold_gets_no_more_tokens_than_were_paid_for() {
     let tree = Tree::start(|_| false).await;
     tree.cluster.ready().await.unwrap();
     let mut stream = tree.ask("a", "well", 50).await;
@@ -166,7 +169,8 @@ async fn a_request_gets_more_tokens_as_it_needs_them() {
             _ => {}
         }
     }
-    assert_eq!((heard, ended), (50, Some((FinishReason::Length, None))));
+    let funds = Some(StoppedBy::Funds(FundsEnd::Balance));
+    assert_eq!((heard, ended), (8, Some((FinishReason::Length, funds))));
     tree.stop().await;
 }
 

@@ -154,7 +154,8 @@ impl Audit {
     pub fn check_remembered(&mut self, name: &str, expected: &str, remembered: Option<&str>) {
         let later = |text: &str| {
             let seq = text.strip_prefix("post ").and_then(|rest| rest.split(' ').nth(1)?.parse::<u64>().ok());
-            seq.is_some_and(|seq| seq > self.books.seq) && (expected.starts_with("release expired ") || expected.starts_with("release worker_lost "))
+            seq.is_some_and(|seq| seq > self.books.seq)
+                && (expected.starts_with("release expired ") || expected.starts_with("release worker_lost "))
         };
         if remembered != Some(expected) && !remembered.is_some_and(later) {
             let remembered = remembered.unwrap_or("nothing");

@@ -101,14 +101,8 @@ pub enum EndReason {
 }
 
 impl EndReason {
-    pub const ALL: [Self; 6] = [
-        Self::Stop,
-        Self::Length,
-        Self::BalanceExhausted,
-        Self::SpendLimitReached,
-        Self::Cancelled,
-        Self::WorkerLost,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Stop, Self::Length, Self::BalanceExhausted, Self::SpendLimitReached, Self::Cancelled, Self::WorkerLost];
 
     pub fn as_str(self) -> &'static str {
         match self {

@@ -12,7 +12,7 @@ use lightcone::{
     },
     edge::{self, EdgeHandle, EdgeSpec, ServedModel},
     grammar::Grammars,
-    ledger::{Ledger, Prices, ReleaseReason, Settlement},
+    ledger::{EndReason, Ledger, Prices, ReleaseReason, Settlement},
     model::Vocabulary,
     prompt::{Encoder, PromptError, PromptModel, Template},
     queue::{Queue, QueueLimits, ReplyHub, WorkerLink, reply::Cancellations},
@@ -222,7 +222,7 @@ impl Front {
             usage,
             price: job.price,
             price_version: job.price_version.clone(),
-            reason: reason.into(),
+            reason: EndReason::of(reason, None),
             digest: None,
         };
         self.house.ledger.settle(&settlement).await.expect("a settlement");
