@@ -173,6 +173,9 @@ impl Station {
     /// The claim is another's: stop, and settle nothing.
     pub fn lose(&self, request: &RequestId) {
         self.flights.lose(request);
+        if let Err(error) = self.journal.closed(request) {
+            tracing::error!(%request, %error, "a request stays open in the journal");
+        }
         self.cancel_in_engine(request);
     }
 

@@ -330,8 +330,7 @@ impl ApiError {
                 error
             }
             FailureCode::WorkerLost => {
-                let why = "The worker that ran your request was lost. What it had decoded may be charged, and nothing \
-                           else. Try again.";
+                let why = "The worker that ran your request was lost. What it had decoded may be charged. Try again.";
                 let mut error = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "server_error", why);
                 error.0.reason = "worker_lost";
                 error

@@ -268,7 +268,7 @@ impl Answering {
             return Err(News::Failed(ApiError::silent()));
         };
         let Some(event) = event else {
-            return Err(self.failed(FailureCode::WorkerFailed, "stream ended without its last event"));
+            return Err(self.failed(FailureCode::WorkerLost, "stream ended without its last event"));
         };
         self.overdue = tokio::time::Instant::now() + self.open.state().silence_max();
         Ok(event.body)

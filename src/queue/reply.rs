@@ -140,7 +140,7 @@ impl ReplyHub {
         let lost: Vec<_> = streams.iter().filter(|(_, entry)| served(entry)).map(|(id, _)| id.clone()).collect();
         for request in lost {
             let seq = streams[&request].seq_next;
-            end(&mut streams, failed(request, seq, FailureCode::WorkerFailed, "the connection to the worker was lost"));
+            end(&mut streams, failed(request, seq, FailureCode::WorkerLost, "the connection to the worker was lost"));
         }
     }
 
@@ -192,7 +192,7 @@ impl Entry {
         }
         if event.seq > self.seq_next {
             let why = "events of the stream were lost";
-            return Taken::Broken(failed(event.request, self.seq_next, FailureCode::WorkerFailed, why));
+            return Taken::Broken(failed(event.request, self.seq_next, FailureCode::WorkerLost, why));
         }
         self.seq_next += 1;
         if is_last(&event.body) {
@@ -250,7 +250,7 @@ impl ReplyStream {
         let ending = self.ending.lock().take();
         // The hub always leaves an ending; a stream replaced by one of the same name must still end properly.
         Some(ending.unwrap_or_else(|| {
-            failed(self.request.clone(), u32::MAX, FailureCode::WorkerFailed, "the stream ended without an answer")
+            failed(self.request.clone(), u32::MAX, FailureCode::WorkerLost, "the stream ended without an answer")
         }))
     }
 }
@@ -372,7 +372,7 @@ mod tests {
         assert_eq!(hub.deliver(vec![delta(&request, 3)], &link), std::slice::from_ref(&request));
         let events = rest(stream).await;
         assert_eq!(events.len(), 3);
-        assert!(matches!(events[2].body, EventBody::Failed { code: FailureCode::WorkerFailed, .. }));
+        assert!(matches!(events[2].body, EventBody::Failed { code: FailureCode::WorkerLost, .. }));
     }
 
     #[tokio::test]
@@ -423,7 +423,7 @@ mod tests {
         hub.link_lost(&link);
         assert!(matches!(
             rest(stream).await.last().unwrap().body,
-            EventBody::Failed { code: FailureCode::WorkerFailed, .. }
+            EventBody::Failed { code: FailureCode::WorkerLost, .. }
         ));
         assert_eq!(hub.open_requests(), [other]);
     }

@@ -25,6 +25,11 @@ impl Split {
         self.home.start(&["--role", "worker", "--redis-url", &self.redis.url])
     }
 
+    /// What was charged, in order.
+    fn posts(&self) -> Vec<serde_json::Value> {
+        self.home.posts(&["--redis-url", &self.redis.url])
+    }
+
     fn charged(&self) -> i64 {
         let money = self.home.assert_settled(&["--redis-url", &self.redis.url]);
         money["charged_nano_usd"].as_i64().expect("a number")
@@ -55,10 +60,19 @@ async fn a_worker_that_is_killed_fails_its_streams_at_once_and_another_takes_ove
     worker.kill();
     let told = answer.rest().await;
     assert!(told.error.is_some(), "{told:?}");
+    // Nobody knows what it had decoded but its journal, which the next worker on this machine reads.
     assert_eq!(split.charged(), 0);
-    let (_worker, told) =
+    let (_worker, next) =
         tokio::join!(async { split.worker() }, async { split.edge.ask(&split.key, "well", 5).await.rest().await });
-    assert_eq!(told.finish.as_deref(), Some("length"), "{told:?}");
+    assert_eq!(next.finish.as_deref(), Some("length"), "{next:?}");
+    split.charged();
+    let posts = split.posts();
+    assert_eq!(posts.len(), 2, "{posts:#?}");
+    let (lost, well) = (&posts[0], &posts[1]);
+    assert_eq!((&lost["note"], &well["note"]), (&"worker_lost".into(), &"length".into()), "{posts:#?}");
+    let decoded = lost["usage"]["completion_tokens"].as_u64().expect("a number");
+    assert!(decoded >= told.chunks && decoded < 400, "{decoded} of which {} were delivered", told.chunks);
+    assert!(lost["usage"]["prompt_tokens"].as_u64().expect("a number") > 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -80,7 +94,7 @@ async fn a_worker_that_is_frozen_fails_its_streams_and_settles_nothing_when_it_t
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_edge_that_is_killed_costs_its_clients_nothing() {
+async fn an_edge_that_is_killed_costs_its_clients_what_was_decoded_until_then() {
     let split = Split::start();
     let _worker = split.worker();
     let mut answer = split.edge.ask(&split.key, "slowly <<slow:20>>", 400).await;
@@ -90,7 +104,9 @@ async fn an_edge_that_is_killed_costs_its_clients_nothing() {
     assert!(!answer.rest().await.done);
     let edge = home.start(&["--role", "edge", "--redis-url", &redis.url]);
     let split = Split { home, redis, key, edge };
-    assert_eq!(split.charged(), 0);
+    let charged = split.charged();
+    assert!(charged > 0 && charged < 400 * 300, "{charged}");
+    assert_eq!(split.posts()[0]["note"], "cancelled");
     let told = split.edge.ask(&split.key, "well", 5).await.rest().await;
     assert_eq!(told.finish.as_deref(), Some("length"), "{told:?}");
 }

@@ -111,6 +111,14 @@ impl Home {
         std::fs::read_to_string(self.log()).unwrap_or_default()
     }
 
+    /// The charges in the ledger of the development tenant, in order.
+    pub fn posts(&self, arguments: &[&str]) -> Vec<Value> {
+        let mut list = vec!["ledger", "list", "--tenant", "ten_development", "--limit", "100000"];
+        list.extend(arguments);
+        let Value::Array(entries) = self.run(&list) else { panic!("a list") };
+        entries.into_iter().filter(|entry| entry["kind"] == "post").collect()
+    }
+
     /// Waits until no money is on hold, then checks every entry.
     pub fn assert_settled(&self, arguments: &[&str]) -> Value {
         let mut balance = vec!["balance", "--tenant", "ten_development"];
@@ -227,6 +235,8 @@ pub struct Told {
     pub usage: Option<Value>,
     /// `[DONE]` came.
     pub done: bool,
+    /// Pieces of text, of one token at least.
+    pub chunks: u64,
 }
 
 impl Answer {
@@ -273,7 +283,9 @@ impl Answer {
             if !chunk["usage"].is_null() {
                 told.usage = Some(chunk["usage"].clone());
             }
-            told.text += chunk["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
+            let text = chunk["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
+            told.chunks += u64::from(!text.is_empty());
+            told.text += text;
             if let Some(finish) = chunk["choices"][0]["finish_reason"].as_str() {
                 told.finish = Some(finish.to_owned());
             }
