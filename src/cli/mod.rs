@@ -127,6 +127,7 @@ fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
     let file = common.config.clone().or_else(|| env("LIGHTCONE_CONFIG").filter(|f| !f.is_empty()).map(PathBuf::from));
     let flags = Overrides { role, listen, redis_url: common.redis_url.clone(), data_dir: common.data_dir.clone() };
     let config = Config::load(file.as_deref(), env, flags)?;
+    crate::fault::check().map_err(CliError::Usage)?;
     let style = match config.node.log_format {
         LogFormat::Text => LogStyle::Text,
         LogFormat::Json => LogStyle::Json,
