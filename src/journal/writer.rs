@@ -88,7 +88,11 @@ impl Journal {
             }
             LogFile::create(path.clone())?
         };
-        if let Err(error) = sync(&file.handle(), &path).and_then(|()| sync_folder(folder)) {
+        // The folder may be new as well.
+        let folders = [Some(folder), folder.parent().filter(|parent| !parent.as_os_str().is_empty())];
+        let synced = sync(&file.handle(), &path);
+        let synced = synced.and_then(|()| folders.into_iter().flatten().try_for_each(sync_folder));
+        if let Err(error) = synced {
             file.discard();
             return Err(error);
         }
