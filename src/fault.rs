@@ -29,6 +29,19 @@ use nix::{
 
 /// Every point there is, `room.what.when`.
 pub const POINTS: &[&str] = &[
+    "admission.hold.asked",
+    "admission.hold.answered",
+    "queue.publish.asked",
+    "queue.publish.answered",
+    "queue.claim.answered",
+    "queue.acknowledge.asked",
+    "queue.acknowledge.answered",
+    "ledger.extend.asked",
+    "ledger.extend.answered",
+    "ledger.settle.asked",
+    "ledger.settle.answered",
+    "ledger.release.asked",
+    "ledger.release.answered",
     "journal.begin.written",
     "journal.progress.written",
     "journal.ended.written",

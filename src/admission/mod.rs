@@ -20,6 +20,7 @@ pub use limits::{LIMIT_MAX, LimitKind, Limits, Party, Rate, Rates, Tier, Tiers};
 
 use crate::{
     domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, Priority, RequestId, TenantId},
+    fault,
     store::{Function, Reply, Store, StoreError, keys},
 };
 use key_cache::KeyCache;
@@ -281,7 +282,9 @@ impl Admission {
             tier_name.as_bytes(),
         ];
         arguments.extend(limits.iter().map(String::as_bytes));
+        fault::point("admission.hold.asked");
         let mut reply: Reply = self.store.call(Function::Hold, &keys::ledger(tenant), &arguments).await?;
+        fault::point("admission.hold.answered");
         match reply.word() {
             "held" => {
                 let hold = NanoUsd::new(reply.next("hold")?);

@@ -26,6 +26,7 @@ pub use verify::Report;
 
 use crate::{
     domain::{FinishReason, FundsEnd, KeyId, ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage},
+    fault,
     store::{Function, Reply, Store, StoreError, keys},
 };
 use clock::ClockWatch;
@@ -229,7 +230,9 @@ impl Ledger {
     /// for. Not safe to repeat after a lost answer, but harmless: what is on hold and not used goes back at the end.
     pub async fn extend(&self, tenant: &TenantId, request: &RequestId, wanted: u32) -> Result<Extended, LedgerError> {
         let arguments = [tenant.as_str(), request.as_str(), &wanted.to_string()];
+        fault::point("ledger.extend.asked");
         let mut reply = self.call(Function::Extend, tenant, &arguments).await?;
+        fault::point("ledger.extend.answered");
         match reply.word() {
             "extended" => {
                 let tokens = reply.next("tokens")?;
@@ -276,7 +279,9 @@ impl Ledger {
             reason.as_str(),
             &digest,
         ];
+        fault::point("ledger.settle.asked");
         let mut reply = self.call(Function::Settle, tenant, &arguments).await?;
+        fault::point("ledger.settle.answered");
         match reply.word() {
             "posted" => {
                 let late = reply.next::<String>("way")? == "late";
@@ -311,7 +316,9 @@ impl Ledger {
         why: ReleaseReason,
     ) -> Result<bool, LedgerError> {
         let arguments = [tenant.as_str(), request.as_str(), why.as_str()];
+        fault::point("ledger.release.asked");
         let reply = self.call(Function::Release, tenant, &arguments).await?;
+        fault::point("ledger.release.answered");
         match reply.word() {
             "released" => Ok(true),
             "absent" => Ok(false),

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crate::{
     domain::{Claim, Job, ModelId, NodeId, RequestId, TenantId},
+    fault,
     store::{Function, Reply, Store, StoreError, Subscription, keys},
 };
 
@@ -67,7 +68,9 @@ impl Queue {
             depth_max.as_bytes(),
             channel.as_bytes(),
         ];
+        fault::point("queue.publish.asked");
         let mut reply: Reply = self.store.call(Function::QueuePublish, &keys::queue(&job.model), &arguments).await?;
+        fault::point("queue.publish.answered");
         match reply.word() {
             "published" => Ok(()),
             "full" => Err(PublishError::Full { retry_after_ms: reply.next("time to wait")? }),
@@ -85,6 +88,10 @@ impl Queue {
         let arguments = [owner.as_str().as_bytes(), room.as_bytes(), lease.as_bytes()];
         let taken: Vec<(String, u32, Vec<u8>)> =
             self.store.call(Function::QueueClaim, &keys::queue(model), &arguments).await?;
+        // A look that finds nothing is no claim.
+        if !taken.is_empty() {
+            fault::point("queue.claim.answered");
+        }
         let mut claims = Vec::with_capacity(taken.len());
         for (request, attempt, payload) in taken {
             match decode(&payload) {
@@ -130,7 +137,9 @@ impl Queue {
     ) -> Result<bool, StoreError> {
         let (attempt, tokens) = (attempt.to_string(), completion_tokens.to_string());
         let arguments = [owner.as_str().as_bytes(), request.as_str().as_bytes(), attempt.as_bytes(), tokens.as_bytes()];
+        fault::point("queue.acknowledge.asked");
         let reply: Reply = self.store.call(Function::QueueAcknowledge, &keys::queue(model), &arguments).await?;
+        fault::point("queue.acknowledge.answered");
         match reply.word() {
             "acknowledged" => Ok(true),
             "lost" => Ok(false),
