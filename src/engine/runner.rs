@@ -163,6 +163,7 @@ struct Counts {
     step_seconds: prometheus::Histogram,
     preemptions: prometheus::IntCounter,
     prefix_hit_tokens: prometheus::IntCounter,
+    decoded_tokens: prometheus::IntCounter,
     drafted_tokens: prometheus::IntCounter,
     accepted_draft_tokens: prometheus::IntCounter,
 }
@@ -173,6 +174,7 @@ impl Counts {
             step_seconds: metrics.step_seconds.with_label_values(&[model]),
             preemptions: metrics.preemptions.with_label_values(&[model]),
             prefix_hit_tokens: metrics.prefix_hit_tokens.with_label_values(&[model]),
+            decoded_tokens: metrics.decoded_tokens.with_label_values(&[model]),
             drafted_tokens: metrics.drafted_tokens.with_label_values(&[model]),
             accepted_draft_tokens: metrics.accepted_draft_tokens.with_label_values(&[model]),
         }
@@ -416,7 +418,9 @@ impl Runner {
             sequence.computed += rows - drafts.len();
             let mask = masks.remove(&at);
             let rows = own.chunks_exact(vocabulary);
+            let known = sequence.tokens.len();
             let end = verify(sequence, rows, &drafts, mask, &self.vocabulary, &mut self.scratch);
+            self.counts.decoded_tokens.inc_by((sequence.tokens.len() - known) as u64);
             self.counts.drafted_tokens.inc_by(drafts.len() as u64);
             self.counts.accepted_draft_tokens.inc_by(end.accepted as u64);
             if !matches!(end.last, Some(EngineEventBody::Failed { .. })) {

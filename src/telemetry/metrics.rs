@@ -40,6 +40,8 @@ pub struct Metrics {
     pub preemptions: IntCounterVec,
     /// Prompt tokens found in the prefix cache, by `model`.
     pub prefix_hit_tokens: IntCounterVec,
+    /// Tokens decoded, by `model`, whether or not anybody pays for them.
+    pub decoded_tokens: IntCounterVec,
     /// Tokens guessed ahead, by `model`.
     pub drafted_tokens: IntCounterVec,
     /// Guessed tokens that were right, by `model`.
@@ -126,6 +128,7 @@ impl Metrics {
                 "Prompt tokens found in the prefix cache",
                 model,
             ),
+            decoded_tokens: counter("lightcone_decoded_tokens_total", "Tokens decoded", model),
             drafted_tokens: counter("lightcone_drafted_tokens_total", "Tokens guessed ahead", model),
             accepted_draft_tokens: counter(
                 "lightcone_accepted_draft_tokens_total",

@@ -2,6 +2,7 @@
 
 mod support;
 
+mod billing;
 mod cluster_node;
 mod cluster_split;
 mod edge_chat;
@@ -19,6 +20,8 @@ mod gguf_hostile;
 mod grammar;
 mod joined;
 mod models;
+mod money_crowd;
+mod money_kill;
 mod openapi;
 mod store_accounts;
 mod store_money;

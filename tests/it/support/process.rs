@@ -37,6 +37,20 @@ impl Home {
 
     /// `model`: lines of the only model's table; `extra`: further sections.
     pub fn of_model(model: &str, extra: &str) -> Self {
+        Self::furnished(2000, "", model, extra)
+    }
+
+    /// One whose leases last for so many ms, with further lines of the ledger's section.
+    pub fn with_leases(lease_ms: u32, ledger: &str, extra: &str) -> Self {
+        Self::furnished(lease_ms, ledger, SCRIPTED, &format!("[engine]\nstall_ms_max = 1500\n{extra}"))
+    }
+
+    /// One with a queue for a thousand, and leases that do not run out while they wait.
+    pub fn of_crowd(ledger: &str, model: &str, extra: &str) -> Self {
+        Self::furnished(10_000, ledger, model, extra)
+    }
+
+    fn furnished(lease_ms: u32, ledger: &str, model: &str, extra: &str) -> Self {
         let folder = tempfile::Builder::new().prefix("lc-").tempdir_in("/tmp").expect("a temporary folder");
         std::fs::create_dir_all(folder.path().join("data/models")).expect("a folder");
         std::fs::create_dir_all(folder.path().join("data/bin")).expect("a folder");
@@ -49,7 +63,8 @@ impl Home {
         link(valkey::program().canonicalize().expect("the server"), "bin/valkey-server");
         let config = format!(
             "[node]\nlog = \"info\"\ndrain_ms_max = 4000\n[edge]\nhttp_threads = 1\n\
-             [queue]\nclaim_lease_ms = 2000\nwait_ms_max = 30000\n[ledger]\nhold_lease_ms = 2000\nsweep_ms = 200\n\
+             [queue]\ndepth_max = 2048\nclaim_lease_ms = {lease_ms}\nwait_ms_max = 30000\n\
+             [ledger]\nhold_lease_ms = {lease_ms}\nsweep_ms = 200\n{ledger}\
              [models.\"tzafon.sm-1\"]\n{model}\n[models.\"tzafon.northstar-cua-fast\"]\nenabled = false\n{extra}"
         );
         std::fs::write(folder.path().join("config.toml"), config).expect("a file");
@@ -83,9 +98,17 @@ impl Home {
     }
 
     pub fn start(&self, arguments: &[&str]) -> Node {
+        self.start_armed(arguments, "")
+    }
+
+    /// A node that something happens to at a point in its code; see `lightcone::fault`.
+    pub fn start_armed(&self, arguments: &[&str], fault: &str) -> Node {
         let mut serve = vec!["serve", "--listen", "127.0.0.1:0"];
         serve.extend(arguments);
         let mut command = self.command(&serve);
+        if !fault.is_empty() {
+            command.env("LIGHTCONE_FAULT", fault);
+        }
         command.env("LIGHTCONE_RELAY_SECRET", SECRET).stdin(Stdio::null()).stdout(Stdio::piped());
         let log = std::fs::OpenOptions::new().create(true).append(true).open(self.log()).expect("a log");
         command.stderr(log);
@@ -167,6 +190,10 @@ impl Node {
         let _ = self.child.wait();
     }
 
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a status").is_none()
+    }
+
     /// Waits for the node's own end; answers its exit code.
     pub fn ended(&mut self) -> Option<i32> {
         let begun = Instant::now();
@@ -191,6 +218,11 @@ impl Node {
 
     /// Asks for a streamed answer to `text`.
     pub async fn ask(&self, key: &str, text: &str, tokens: u32) -> Answer {
+        self.try_ask(key, text, tokens).await.expect("an answer")
+    }
+
+    /// Nothing where the node is gone before it has answered.
+    pub async fn try_ask(&self, key: &str, text: &str, tokens: u32) -> Option<Answer> {
         let body = json!({
             "messages": [{ "role": "user", "content": text }], "max_tokens": tokens, "ignore_eos": true,
             "temperature": 0,
@@ -198,9 +230,9 @@ impl Node {
         });
         let request = self.http.post(format!("{}/v1/chat/completions", self.url)).bearer_auth(key);
         let response = request.header("content-type", "application/json").body(body.to_string()).send().await;
-        let response = response.expect("an answer");
+        let response = response.ok()?;
         let stream = response.headers()["content-type"].as_bytes().starts_with(b"text/event-stream");
-        Answer { stream, bytes: response.bytes_stream().boxed(), buffer: String::new() }
+        Some(Answer { stream, bytes: response.bytes_stream().boxed(), buffer: String::new() })
     }
 
     pub async fn ready(&self) -> u16 {
@@ -229,8 +261,10 @@ pub struct Answer {
 /// How a stream ended, and what was in it.
 #[derive(Debug, Default)]
 pub struct Told {
+    pub id: Option<String>,
     pub text: String,
     pub finish: Option<String>,
+    pub stop_reason: Option<String>,
     pub error: Option<Value>,
     pub usage: Option<Value>,
     /// `[DONE]` came.
@@ -277,6 +311,9 @@ impl Answer {
                 continue;
             }
             let chunk: Value = serde_json::from_str(&data).expect("JSON");
+            if let Some(id) = chunk["id"].as_str() {
+                told.id = Some(id.to_owned());
+            }
             if !chunk["error"].is_null() {
                 told.error = Some(chunk["error"].clone());
             }
@@ -286,6 +323,9 @@ impl Answer {
             let text = chunk["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
             told.chunks += u64::from(!text.is_empty());
             told.text += text;
+            if let Some(reason) = chunk["choices"][0]["stop_reason"].as_str() {
+                told.stop_reason = Some(reason.to_owned());
+            }
             if let Some(finish) = chunk["choices"][0]["finish_reason"].as_str() {
                 told.finish = Some(finish.to_owned());
             }
@@ -298,19 +338,25 @@ impl Answer {
 pub struct Redis {
     child: Child,
     pub url: String,
-    _folder: tempfile::TempDir,
+    port: u16,
+    folder: tempfile::TempDir,
 }
 
 impl Redis {
     pub fn start() -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let child = Self::spawn(port, folder.path());
+        Self { child, url: format!("redis://127.0.0.1:{port}"), port, folder }
+    }
+
+    fn spawn(port: u16, folder: &Path) -> Child {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let debian = std::env::split_paths(&path).map(|folder| folder.join("redis-server")).find(|file| file.exists());
         let program = debian.unwrap_or_else(valkey::program);
-        let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
-        let folder = tempfile::tempdir().expect("a temporary folder");
         let mut command = Command::new(&program);
         command.args(["--bind", "127.0.0.1", "--port", &port.to_string(), "--save", "", "--appendonly", "yes"]);
-        command.arg("--dir").arg(folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg("--dir").arg(folder).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         die_with_us(&mut command);
         let child = command.spawn().unwrap_or_else(|error| panic!("{}: {error}", program.display()));
         let begun = Instant::now();
@@ -318,7 +364,22 @@ impl Redis {
             assert!(begun.elapsed() < SOON, "the server did not come up");
             std::thread::sleep(Duration::from_millis(10));
         }
-        Self { child, url: format!("redis://127.0.0.1:{port}"), _folder: folder }
+        child
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a status").is_none()
+    }
+
+    /// The same server again, with what it had written.
+    pub fn restart(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        self.child = Self::spawn(self.port, self.folder.path());
     }
 }
 
