@@ -3,7 +3,7 @@
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
-use crate::support::process::{Home, Node, Told};
+use crate::support::process::{Home, Node, Redis, Told};
 
 const INPUT: u64 = 200;
 const OUTPUT: u64 = 300;
@@ -142,11 +142,18 @@ async fn failed_by_us_is_free() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_produced_is_free() {
-    let shop = Shop::open();
-    // The first step takes long, and its client does not wait for it.
-    let waiting = shop.request(&ask("slowly <<slow:700>>", 10)).timeout(std::time::Duration::from_millis(300));
-    assert!(waiting.send().await.is_err());
-    shop.assert_free();
+    let (home, redis) = (Home::new(""), Redis::start());
+    let at = ["--redis-url", &redis.url];
+    home.run(&["keys", "bootstrap", at[0], at[1]]);
+    // There is no worker, and its client does not wait for one.
+    let node = home.start(&["--role", "edge", at[0], at[1]]);
+    let request = reqwest::Client::new().post(format!("{}/v1/chat/completions", node.url)).bearer_auth(home.key());
+    let request = request.header("content-type", "application/json").body(ask("well", 10).to_string());
+    assert!(request.timeout(std::time::Duration::from_millis(300)).send().await.is_err());
+    assert_eq!(home.assert_settled(&at)["charged_nano_usd"], 0);
+    let entries = home.run(&["ledger", "list", "--tenant", "ten_development", at[0], at[1]]);
+    let last = entries.as_array().and_then(|entries| entries.last()).expect("entries");
+    assert_eq!((&last["kind"], &last["note"]), (&json!("release"), &json!("withdrawn")));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -56,7 +56,7 @@ impl Site {
     }
 
     /// Waits until everything is settled; then checks what was charged against what was delivered.
-    fn check(&self, point: &str, told: &[Told]) {
+    fn check(&self, point: &str, text: &str, told: &[Told]) {
         self.home.assert_settled(&["--redis-url", &self.redis.url]);
         let posts = self.home.posts(&["--redis-url", &self.redis.url]);
         let mut charged = BTreeMap::new();
@@ -77,7 +77,12 @@ impl Site {
                         assert_eq!(usage["completion_tokens"], *tokens, "{point}: {id}");
                     }
                 }
-                None => assert!(is_free || told.chunks == 0, "{point}: {id} got {} for nothing", told.chunks),
+                // What the engine failed is free, also where its client never heard why.
+                None => assert!(
+                    is_free || told.chunks == 0 || text == FAILING,
+                    "{point}: {id} got {} for nothing",
+                    told.chunks
+                ),
             }
         }
     }
@@ -103,7 +108,7 @@ async fn a_worker_that_is_killed_at_any_write_owes_what_it_decoded_and_no_more()
             site.node("worker", "")
         };
         let (told, _worker) = tokio::join!(asking, reviving);
-        site.check(point, &told);
+        site.check(point, text, &told);
     }
 }
 
@@ -124,10 +129,10 @@ async fn an_edge_that_is_killed_at_any_write_leaves_no_hold_and_no_request() {
         }
         died(point, || edge.is_running()).await;
         let edge = site.node("edge", "");
-        site.check(point, &told);
+        site.check(point, WELL, &told);
         let after = site.ask_all(&edge, "well").await;
         assert!(after.iter().all(|told| told.done), "{point}: {after:?}");
-        site.check(point, &after);
+        site.check(point, WELL, &after);
     }
 }
 
@@ -153,6 +158,6 @@ async fn a_store_that_is_killed_at_any_write_loses_and_doubles_nothing() {
         };
         let (told, ()) = tokio::join!(asking, reviving);
         assert!(begun.elapsed() < SOON, "{point}");
-        site.check(point, &told);
+        site.check(point, text, &told);
     }
 }
