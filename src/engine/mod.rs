@@ -67,8 +67,8 @@ pub struct EngineRequest {
     pub lane: Arc<str>,
     /// Within a lane, only requests of the same salt share what they have computed.
     pub cache_salt: Vec<u8>,
-    /// Tokens that all choices of the request may decode together until more are allowed. See
-    /// [`EngineHandle::allow`].
+    /// Tokens that all choices of the request may decode together until more are allowed; each of them says the same.
+    /// See [`EngineHandle::allow`].
     pub allowed_tokens: u32,
     /// When half of so many are left, as many more are asked for. 0: no more will come.
     pub step_tokens: u32,

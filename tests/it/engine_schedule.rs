@@ -96,10 +96,12 @@ fn an_answer_is_the_same_alone_in_company_in_any_chunks_with_and_without_cache_a
         assert!(round == 2 || cached == most, "{cached} of {most} tokens were there");
     }
     assert_eq!(company.handle.load().kv_blocks_used, 0);
-    // All of it together.
+    // All of it together, and paid for in pieces that are used up before the next one comes.
+    let in_pieces = |(request, tokens)| EngineRequest { allowed_tokens: tokens, step_tokens: 4, ..request };
     let mut all = Served::spawn(EngineSpec { speculation: Speculation::Always, ..spec(16, 33, 64) });
     for round in 4..6 {
-        assert_eq!(told(&all.answers(shuffled(requests(), round))), expected);
+        let requests = shuffled(requests(), round).into_iter().zip((0..4).cycle()).map(in_pieces);
+        assert_eq!(told(&all.answers(requests.collect())), expected);
     }
 }
 

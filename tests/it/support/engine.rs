@@ -89,7 +89,8 @@ impl Served {
             for event in events {
                 let id = event.request.to_string();
                 match event.body {
-                    EngineEventBody::Prompt { .. } | EngineEventBody::NeedsTokens { .. } => {}
+                    EngineEventBody::Prompt { .. } => {}
+                    EngineEventBody::NeedsTokens { wanted } => self.handle.allow(&event.request, wanted, None),
                     EngineEventBody::Delta { text, tokens, .. } => {
                         let entry = texts.entry(id).or_default();
                         entry.0 += &text;
