@@ -9,10 +9,11 @@ mod load;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
 };
 
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::domain::{ModelId, MoneyError, NanoUsd, Price, PriceBook};
@@ -77,6 +78,10 @@ pub struct Edge {
     pub messages_max: usize,
     pub choices_max: u32,
     pub cors_origins: Vec<String>,
+    pub trusted_proxies: Vec<String>,
+    pub auth_failures_max: u64,
+    pub auth_failure_window_seconds: u64,
+    pub auth_block_seconds: u64,
     pub record_hours: u64,
     pub idempotency_hours: u64,
     pub stream_buffer_events: usize,
@@ -211,6 +216,14 @@ pub enum PriceFault {
     Negative,
 }
 
+impl Edge {
+    /// The networks of `trusted_proxies`.
+    pub fn trusted_networks(&self) -> Vec<IpNet> {
+        let network = |text: &String| network(text).expect("a loaded configuration is sound");
+        self.trusted_proxies.iter().map(network).collect()
+    }
+}
+
 impl Engine {
     /// The CPUs of `cpu_set`; none where it leaves that open.
     pub fn cpus(&self) -> BTreeSet<usize> {
@@ -249,6 +262,11 @@ fn cpus(text: &str) -> Option<BTreeSet<usize>> {
         set.extend(first..=last);
     }
     Some(set)
+}
+
+/// Reads `10.0.0.0/8`, or an address alone.
+fn network(text: &str) -> Option<IpNet> {
+    text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 
 fn nano_per_token(usd_per_million: &str) -> Result<NanoUsd, PriceFault> {

@@ -25,7 +25,7 @@ pub use models::start_runtime;
 pub use wait::shutdown_signal;
 
 use crate::{
-    admission::{Admission, RateLimits},
+    admission::{Admission, Guard, GuardLimits, RateLimits},
     cluster::{Cluster, ClusterContext, ClusterError, PoolStatus},
     config::{self, AppendFsync, Config, PriceFault, Role, ServiceTier},
     domain::{ModelId, NanoUsd, NodeId, Priority},
@@ -266,6 +266,7 @@ impl Node {
             price_version: book.version,
             wait_max: Duration::from_millis(config.queue.wait_ms_max),
             admission: Admission::new(store.clone(), ledger.hold_lease()).with_limits(limits(&config.limits)),
+            guard: Guard::new(store.clone(), guard_limits(&config.edge)),
             priority_max: priority_max(&config.limits),
             records: Records::new(store.clone(), retention(&config.edge), ledger.hold_lease()),
             ledger,
@@ -281,6 +282,14 @@ impl Node {
 
 fn limits(limits: &config::Limits) -> RateLimits {
     RateLimits { requests_per_minute: limits.requests_per_minute, tokens_per_minute: limits.tokens_per_minute }
+}
+
+fn guard_limits(edge: &config::Edge) -> GuardLimits {
+    GuardLimits {
+        failures_max: edge.auth_failures_max,
+        window: Duration::from_secs(edge.auth_failure_window_seconds),
+        block: Duration::from_secs(edge.auth_block_seconds),
+    }
 }
 
 fn priority_max(limits: &config::Limits) -> Priority {

@@ -4,12 +4,14 @@
 //! hold, that a refusal costs nothing, and that a revoked key is refused by every edge within a second.
 //! Secrets are compared and stored only as SHA-256. Never speaks HTTP, never admits while the store is away.
 
+mod guard;
 pub(crate) mod key;
 mod key_cache;
 mod rates;
 
 use std::{sync::Arc, time::Duration};
 
+pub use guard::{Address, Guard, GuardLimits};
 pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
 pub use rates::{Rate, RateKind, RateLimits, Rates};
 

@@ -10,13 +10,14 @@ use std::{
 };
 
 use futures::future::BoxFuture;
+use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use super::recording::Recordings;
 use crate::{
-    admission::Admission,
+    admission::{Admission, Guard},
     config,
     domain::{ModelId, Price, Priority, RequestId, TenantId},
     ledger::{Ledger, ReleaseReason},
@@ -92,6 +93,7 @@ pub struct EdgeSpec {
     /// How long a request may wait for a worker.
     pub wait_max: Duration,
     pub admission: Admission,
+    pub guard: Guard,
     /// The highest class that a request gets, whatever it asks for.
     pub priority_max: Priority,
     pub ledger: Ledger,
@@ -112,6 +114,8 @@ pub(super) struct EdgeState {
     pub price_version: String,
     pub wait_max: Duration,
     pub admission: Admission,
+    pub guard: Guard,
+    pub trusted_proxies: Vec<IpNet>,
     pub priority_max: Priority,
     pub ledger: Ledger,
     pub queue: Queue,
@@ -132,6 +136,7 @@ impl EdgeState {
     /// Must be called inside an actix system, where the prompt pool starts.
     pub(super) fn start(spec: EdgeSpec) -> Self {
         let EdgeSpec { settings, models, prompts, price_version, wait_max, .. } = spec;
+        let trusted_proxies = settings.trusted_networks();
         let known = prompts.iter().map(|(model, prompt)| (model.clone(), Known::of(prompt))).collect();
         let pool = PromptPool::start(Arc::new(prompts), settings.prompt_threads, settings.prompt_queue_max);
         Self {
@@ -142,6 +147,8 @@ impl EdgeState {
             price_version,
             wait_max,
             admission: spec.admission,
+            guard: spec.guard,
+            trusted_proxies,
             priority_max: spec.priority_max,
             ledger: spec.ledger,
             queue: spec.queue,

@@ -13,6 +13,9 @@ pub(crate) enum Function {
     Renew,
     Sweep,
     Snapshot,
+    AuthFail,
+    BlockAdd,
+    BlockList,
     OnceBegin,
     OnceRenew,
     OnceAnswer,
@@ -37,6 +40,9 @@ impl Function {
             Self::Renew => "renew",
             Self::Sweep => "sweep",
             Self::Snapshot => "snapshot",
+            Self::AuthFail => "auth_fail",
+            Self::BlockAdd => "block_add",
+            Self::BlockList => "block_list",
             Self::OnceBegin => "once_begin",
             Self::OnceRenew => "once_renew",
             Self::OnceAnswer => "once_answer",
@@ -52,7 +58,7 @@ impl Function {
     }
 
     pub(super) fn only_reads(self) -> bool {
-        self == Self::Snapshot
+        matches!(self, Self::Snapshot | Self::BlockList)
     }
 }
 
@@ -76,7 +82,8 @@ pub(super) fn library() -> &'static Library {
             include_str!("functions/rates.lua"),
             include_str!("functions/ledger.lua"),
             include_str!("functions/queue.lua"),
-            include_str!("functions/records.lua")
+            include_str!("functions/records.lua"),
+            include_str!("functions/guard.lua")
         );
         let version = hex::encode(Sha256::digest(body.as_bytes()))[..12].to_owned();
         let source = format!("#!lua name=lightcone_{version}\nlocal VERSION = '{version}'\n{body}");

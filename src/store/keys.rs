@@ -74,6 +74,16 @@ pub(crate) fn ledger(tenant: &TenantId) -> [String; 7] {
     ]
 }
 
+/// Of an address that failed to authenticate: the times of its failures, and what is there while it is blocked.
+pub(crate) fn failures(address: &str) -> [String; 2] {
+    [format!("lc:{{a:{address}}}:failures"), format!("lc:{{a:{address}}}:blocked")]
+}
+
+/// All addresses that are blocked, and the revision of that list.
+pub(crate) fn blocks() -> [String; 2] {
+    ["lc:{blocked}".to_owned(), "lc:{blocked}:revision".to_owned()]
+}
+
 /// The keys of a model's queue in the order in which `functions/queue.lua` takes them.
 pub(crate) fn queue(model: &ModelId) -> [String; 9] {
     let key = |part: &str| format!("lc:{{m:{model}}}:{part}");

@@ -4,6 +4,7 @@ mod support;
 
 mod cluster_node;
 mod cluster_split;
+mod edge_addresses;
 mod edge_chat;
 mod edge_headers;
 mod edge_keeping;
