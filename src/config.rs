@@ -10,7 +10,7 @@ mod load;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use ipnet::IpNet;
@@ -119,6 +119,7 @@ pub struct Ledger {
     pub hold_lease_ms: u64,
     pub sweep_ms: u64,
     pub bootstrap_balance_usd: String,
+    pub receipt_key_file: PathBuf,
 }
 
 /// What every tenant may do.
@@ -221,6 +222,12 @@ impl Edge {
     pub fn trusted_networks(&self) -> Vec<IpNet> {
         let network = |text: &String| network(text).expect("a loaded configuration is sound");
         self.trusted_proxies.iter().map(network).collect()
+    }
+}
+
+impl Ledger {
+    pub fn receipt_key_file(&self) -> Option<&Path> {
+        Some(self.receipt_key_file.as_path()).filter(|path| !path.as_os_str().is_empty())
     }
 }
 

@@ -31,7 +31,7 @@ use crate::{
     domain::{ModelId, NanoUsd, NodeId, Priority},
     edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
     engine::EngineError,
-    ledger::Ledger,
+    ledger::{Ledger, RECEIPT_KEY_FILE, ReceiptKeyError, Receipts},
     operator::{Accounts, Bootstrap, OperatorError},
     queue::{
         Outlet, Queue, QueueLimits, ReplyHub,
@@ -68,6 +68,8 @@ pub enum NodeError {
     Edge(#[from] EdgeError),
     #[error(transparent)]
     Operator(#[from] OperatorError),
+    #[error("receipts: {0}")]
+    ReceiptKey(#[from] ReceiptKeyError),
     #[error("prices: {0}")]
     Price(#[from] PriceFault),
     #[error("money: {0}")]
@@ -86,7 +88,7 @@ impl NodeError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::DataDir(_) => 3,
-            Self::Embedded(_) | Self::Store(_) | Self::Operator(_) => 4,
+            Self::Embedded(_) | Self::Store(_) | Self::Operator(_) | Self::ReceiptKey(_) => 4,
             Self::Model { .. } | Self::Engine(_) | Self::Cluster(_) | Self::Limits(_) => 5,
             Self::Listen { .. } | Self::Relay(_) => 6,
             _ => 1,
@@ -135,6 +137,10 @@ impl Node {
             Role::All => Some(bootstrap(&config, &store, &ledger).await?),
             Role::Edge | Role::Worker => None,
         };
+        if role == Role::All {
+            let receipts = Receipts::open(&store, config.ledger.receipt_key_file()).await?;
+            receipts.public_key().write(&config.node.data_dir.join(RECEIPT_KEY_FILE))?;
+        }
 
         let node = NodeId::generate();
         let metrics = Arc::new(Metrics::new());

@@ -106,6 +106,7 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("hold_lease_ms", Integer(1000, HOUR_MS)),
             ("sweep_ms", Integer(100, HOUR_MS)),
             ("bootstrap_balance_usd", Usd),
+            ("receipt_key_file", Text),
         ],
     ),
     (

@@ -8,6 +8,8 @@
 
 mod audit;
 mod entry;
+mod receipt;
+mod receipt_key;
 mod verify;
 
 use std::time::Duration;
@@ -16,6 +18,8 @@ use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
 pub use entry::{Entry, EntryKind};
+pub use receipt::{RECEIPT_VERSION, Receipt, ReceiptError, ReceiptPrice, ReceiptSignature, ReceiptStatement};
+pub use receipt_key::{RECEIPT_KEY_FILE, ReceiptKey, ReceiptKeyError, Receipts};
 pub use verify::Report;
 
 use crate::{

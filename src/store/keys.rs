@@ -11,6 +11,9 @@ pub const TENANTS: &str = "lc:tenants";
 /// Secret by which the nodes of one store know each other, where none is configured.
 pub const RELAY_SECRET: &str = "lc:relay-secret";
 
+/// Secret half of the key that signs receipts, where none is configured.
+pub const RECEIPT_KEY: &str = "lc:receipt-key";
+
 /// Record of one API key, by the SHA-256 of its secret.
 pub fn api_key(secret_sha256: &str) -> String {
     format!("lc:key:{secret_sha256}")

@@ -21,6 +21,7 @@ mod grammar;
 mod joined;
 mod models;
 mod openapi;
+mod receipts;
 mod store_accounts;
 mod store_money;
 mod store_outage;
