@@ -3,6 +3,8 @@
 //! A client sees the external message; the cause goes to the log. Never says more about the inside than
 //! whether the client or we are at fault.
 
+use std::time::Duration;
+
 use actix_web::{
     HttpResponse, HttpResponseBuilder, ResponseError,
     body::BoxBody,
@@ -232,6 +234,18 @@ impl ApiError {
         error.0.never_retry = wait_ms.is_none();
         error.0.rates = rates;
         error
+    }
+
+    /// Too many wrong keys came from where this request came from. Its own was not looked at.
+    pub fn address_blocked(left: Duration) -> Self {
+        let ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
+        let why = format!(
+            "Too many failed authentications from your address. Please try again in {}.",
+            super::rates::duration(ms)
+        );
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "address_blocked", why);
+        error.0.close = true;
+        error.retry_after(ms)
     }
 
     pub fn queue_full(retry_after_ms: u64) -> Self {

@@ -57,10 +57,10 @@ use Method::{Delete, Get, Head, Post};
 
 const GENERATES: &[u16] = &[400, 401, 402, 403, 404, 408, 413, 415, 422, 429, 500, 503];
 const COUNTS: &[u16] = &[400, 401, 403, 404, 408, 413, 415, 429, 500, 503];
-const FINDS: &[u16] = &[401, 403, 404, 500, 503];
-const LISTS: &[u16] = &[400, 401, 403, 500, 503];
-const SHOWS: &[u16] = &[401, 500, 503];
-const SHOWS_ONE: &[u16] = &[401, 404, 500, 503];
+const FINDS: &[u16] = &[401, 403, 404, 429, 500, 503];
+const LISTS: &[u16] = &[400, 401, 403, 429, 500, 503];
+const SHOWS: &[u16] = &[401, 429, 500, 503];
+const SHOWS_ONE: &[u16] = &[401, 404, 429, 500, 503];
 
 pub const OPERATIONS: &[Operation] = &[
     Operation::new(Post, "/v1/chat/completions", "createChatCompletion", "Answer a conversation", |route| {

@@ -10,13 +10,14 @@ use std::{
 };
 
 use futures::future::BoxFuture;
+use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio_util::task::TaskTracker;
 
 use super::recording::Recordings;
 use crate::{
-    admission::Admission,
+    admission::{Admission, Guard},
     config,
     domain::{ModelId, RequestId, TenantId},
     ledger::{Ledger, Prices, ReleaseReason},
@@ -90,6 +91,7 @@ pub struct EdgeSpec {
     /// How long a request may wait for a worker.
     pub wait_max: Duration,
     pub admission: Admission,
+    pub guard: Guard,
     pub ledger: Ledger,
     pub queue: Queue,
     pub records: Records,
@@ -108,6 +110,8 @@ pub(super) struct EdgeState {
     pub prices: Prices,
     pub wait_max: Duration,
     pub admission: Admission,
+    pub guard: Guard,
+    pub trusted_proxies: Vec<IpNet>,
     pub ledger: Ledger,
     pub queue: Queue,
     pub records: Records,
@@ -127,6 +131,7 @@ impl EdgeState {
     /// Must be called inside an actix system, where the prompt pool starts.
     pub(super) fn start(spec: EdgeSpec) -> Self {
         let EdgeSpec { settings, models, prompts, prices, wait_max, .. } = spec;
+        let trusted_proxies = settings.trusted_networks();
         let known = prompts.iter().map(|(model, prompt)| (model.clone(), Known::of(prompt))).collect();
         let pool = PromptPool::start(Arc::new(prompts), settings.prompt_threads, settings.prompt_queue_max);
         Self {
@@ -137,6 +142,8 @@ impl EdgeState {
             prices,
             wait_max,
             admission: spec.admission,
+            guard: spec.guard,
+            trusted_proxies,
             ledger: spec.ledger,
             queue: spec.queue,
             records: spec.records,

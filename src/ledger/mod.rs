@@ -11,6 +11,8 @@ mod clock;
 mod entry;
 mod funds;
 mod prices;
+mod receipt;
+mod receipt_key;
 mod verify;
 
 use std::{sync::Arc, time::Duration};
@@ -22,6 +24,8 @@ pub use audit::Books;
 pub use entry::{Account, Entry, EntryKind, Movement, NO_LINK};
 pub use funds::{Moved, Refund};
 pub use prices::{Prices, PricesError};
+pub use receipt::{RECEIPT_VERSION, Receipt, ReceiptError, ReceiptPrice, ReceiptSignature, ReceiptStatement};
+pub use receipt_key::{RECEIPT_KEY_FILE, ReceiptKey, ReceiptKeyError, Receipts};
 pub use verify::Report;
 
 use crate::{

@@ -27,6 +27,7 @@ class Node:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.log = (self.data_dir / "node.log").open("w+")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTCONE_")}
+        self.environment["LIGHTCONE_CONFIG"] = str(Path(__file__).with_name("node.toml"))
         self.process = None
 
     def start(self):

@@ -393,7 +393,7 @@ fn refusal(status: u16) -> Refusal {
         ),
         429 => (
             "TooManyRequests",
-            "Too much at once: of this key, or of everybody.",
+            "Too much at once: of this key, or of everybody; or too many wrong keys from this address.",
             ["rate_limit_error", "overloaded"],
             None,
             "Too many requests wait for this model. Try again shortly.",
