@@ -283,6 +283,12 @@ impl Audit {
             self.ends.insert(entry.request.clone(), End { remembered, expired: None, charged: amount });
             return;
         }
+        // The store had lost its hold.
+        let is_unheld = entry.reference == "unheld" && entry.hold == NanoUsd::ZERO;
+        if is_unheld && !self.books.open.contains_key(&entry.request) {
+            self.books.balance -= amount;
+            return self.end_once(entry, remembered, None, amount);
+        }
         match self.close(entry) {
             Some(hold) => {
                 if entry.amount.nano() > hold.amount || entry.hold.nano() != hold.amount {

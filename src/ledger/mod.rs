@@ -44,9 +44,12 @@ const TENANTS_PER_ROUND: usize = 512;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
-    /// There is nothing to charge the request to: it was released, or is none of this store's.
+    /// There is nothing to charge the request to: it was released.
     #[error("the hold of {0} is gone; the request is free of charge")]
     HoldGone(RequestId),
+    /// The store has no trace of the request.
+    #[error("nothing is known of {0}")]
+    Unknown(RequestId),
     #[error("{request} would cost {amount}, more than the {held} on hold for it")]
     ExceedsHold { request: RequestId, amount: NanoUsd, held: NanoUsd },
     #[error("{0} was admitted for another key, model or price than it is settled with")]
@@ -226,6 +229,11 @@ impl Ledger {
         Self { store, hold_lease, clock: Arc::default() }
     }
 
+    /// See [`Store::connected_for`].
+    pub(crate) fn store_connected_for(&self) -> Duration {
+        self.store.connected_for()
+    }
+
     pub fn hold_lease(&self) -> Duration {
         self.hold_lease
     }
@@ -254,6 +262,16 @@ impl Ledger {
     /// is settled once, ever. One whose hold has expired is charged to the balance; what that cannot pay is
     /// written off.
     pub async fn settle(&self, settlement: &Settlement) -> Result<Settled, LedgerError> {
+        self.post(settlement, "").await
+    }
+
+    /// The same for whoever took the request out of the queue and began it: also where the store has no trace of it,
+    /// because it died and lost its last second.
+    pub async fn settle_begun(&self, settlement: &Settlement) -> Result<Settled, LedgerError> {
+        self.post(settlement, "1").await
+    }
+
+    async fn post(&self, settlement: &Settlement, begun: &str) -> Result<Settled, LedgerError> {
         let Settlement { request, tenant, key, model, usage, price, price_version, reason, digest } = settlement;
         let amount = price.cost(usage)?;
         let numbers = [
@@ -282,6 +300,7 @@ impl Ledger {
             price_version,
             reason.as_str(),
             &digest,
+            begun,
         ];
         fault::point("ledger.settle.asked");
         let mut reply = self.call(Function::Settle, tenant, &arguments).await?;
@@ -300,7 +319,7 @@ impl Ledger {
                     None => Err(LedgerError::HoldGone(request.clone())),
                 }
             }
-            "absent" => Err(LedgerError::HoldGone(request.clone())),
+            "absent" => Err(LedgerError::Unknown(request.clone())),
             "exceeds_hold" => {
                 let held = entry::nano(&reply.next::<String>("hold")?, "hold")?;
                 Err(LedgerError::ExceedsHold { request: request.clone(), amount, held })

@@ -57,8 +57,8 @@ pub struct ReceiptPrice {
 }
 
 impl ReceiptPrice {
-    pub fn new(price: Price, cached_input: NanoUsd) -> Self {
-        Self { input: price.input, output: price.output, cached_input }
+    pub fn new(Price { input, output, cached_input }: Price) -> Self {
+        Self { input, output, cached_input }
     }
 
     fn cost(&self, usage: &Usage) -> Result<NanoUsd, MoneyError> {
