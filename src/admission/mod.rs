@@ -7,6 +7,7 @@
 pub(crate) mod key;
 mod key_cache;
 mod limits;
+mod standing;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -16,6 +17,7 @@ use std::{
 
 pub(crate) use key::limits_in;
 pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
+pub use standing::{LimitUse, Standing};
 pub use limits::{LIMIT_MAX, LimitKind, Limits, Party, Rate, Rates, Tier, Tiers};
 
 use crate::{

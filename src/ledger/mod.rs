@@ -10,7 +10,10 @@ mod audit;
 mod clock;
 mod entry;
 mod funds;
+mod generation;
 mod prices;
+mod statement;
+mod usage;
 mod verify;
 
 use std::{sync::Arc, time::Duration};
@@ -18,10 +21,13 @@ use std::{sync::Arc, time::Duration};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
-pub use audit::Books;
+pub use audit::{Books, Terms};
 pub use entry::{Account, Entry, EntryKind, Movement, NO_LINK};
 pub use funds::{Moved, Refund};
+pub use generation::{Generation, GenerationState};
 pub use prices::{Prices, PricesError};
+pub use statement::{Charge, Line, Position, Statement, StatementDraft, StatementError, StatementTotals};
+pub use usage::{UsageBucket, UsageError, UsageRange, UsageRow, UsageSums, UsageWidth, UsageWish};
 pub use verify::Report;
 
 use crate::{
@@ -57,6 +63,8 @@ pub enum LedgerError {
     OtherReference(String),
     #[error("{0} was not charged, or so long ago that it is archived; use an adjustment")]
     NotCharged(RequestId),
+    #[error("the entries of {0} are archived")]
+    Archived(RequestId),
     #[error("of {request} only {left} is left to be given back")]
     ExceedsCharge { request: RequestId, left: NanoUsd },
     #[error(
@@ -388,6 +396,11 @@ impl Ledger {
             released += self.sweep_tenant(tenant, "1").await?;
         }
         Ok(released)
+    }
+
+    /// What time it is by the clock that dates every entry.
+    pub async fn now_unix_ms(&self) -> Result<u64, LedgerError> {
+        Ok(self.store.now_unix_ms().await?)
     }
 
     pub async fn balance(&self, tenant: &TenantId) -> Result<Balance, LedgerError> {
