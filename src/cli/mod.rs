@@ -7,6 +7,7 @@
 mod bar;
 mod commands;
 mod models;
+mod reports;
 mod serve;
 mod table;
 
@@ -69,6 +70,8 @@ enum Command {
     #[command(subcommand)]
     Models(models::Models),
     #[command(flatten)]
+    Reports(reports::Command),
+    #[command(flatten)]
     Operator(commands::Command),
 }
 
@@ -121,7 +124,7 @@ pub fn main() -> ExitCode {
 fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
     let (role, listen) = match &command {
         Command::Serve { role, listen } => (role.clone(), listen.clone()),
-        Command::Models(_) | Command::Operator(_) => (None, None),
+        Command::Models(_) | Command::Reports(_) | Command::Operator(_) => (None, None),
     };
     let env = |name: &str| std::env::var(name).ok();
     let file = common.config.clone().or_else(|| env("LIGHTCONE_CONFIG").filter(|f| !f.is_empty()).map(PathBuf::from));
@@ -139,6 +142,7 @@ fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
         // Works on files alone, and blocks.
         Command::Models(command) => models::run(&config, command, common.output),
         Command::Serve { .. } => on_runtime(serve::serve(config, common.output)),
+        Command::Reports(command) => on_runtime(reports::run(config, command, common.output)),
         Command::Operator(command) => on_runtime(commands::run(config, command, common.output)),
     }
 }

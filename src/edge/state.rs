@@ -11,10 +11,10 @@ use std::{
 
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use super::recording::Recordings;
+use super::{account::statements, recording::Recordings};
 use crate::{
     admission::Admission,
     config,
@@ -118,6 +118,8 @@ pub(super) struct EdgeState {
     pub runtime: tokio::runtime::Handle,
     /// Work that outlives its request: admissions under way, and giving up what nobody reads.
     pub tasks: TaskTracker,
+    /// Statements that may be in the making besides those that are.
+    pub statements: Semaphore,
     draining: AtomicBool,
     open: Mutex<HashMap<RequestId, Open>>,
     closed_one: Notify,
@@ -146,6 +148,7 @@ impl EdgeState {
             readiness: spec.readiness,
             runtime: spec.runtime,
             tasks: TaskTracker::new(),
+            statements: Semaphore::new(statements::AT_ONCE),
             draining: AtomicBool::new(false),
             open: Mutex::default(),
             closed_one: Notify::new(),
