@@ -17,8 +17,8 @@ use std::{
 
 pub(crate) use key::limits_in;
 pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
-pub use standing::{LimitUse, Standing};
 pub use limits::{LIMIT_MAX, LimitKind, Limits, Party, Rate, Rates, Tier, Tiers};
+pub use standing::{LimitUse, Standing};
 
 use crate::{
     domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, Priority, RequestId, TenantId},

@@ -121,7 +121,8 @@ async fn show_usage(ledger: &Ledger, asked: Asked, output: Output) -> Result<(),
 /// One for each group of the bucket.
 fn rows_of(bucket: &UsageBucket) -> Result<Vec<Value>, CliError> {
     let row = |row| {
-        let mut shown = json!({ "from": crate::domain::utc_text(bucket.from * 1000), "seconds": bucket.to - bucket.from });
+        let mut shown =
+            json!({ "from": crate::domain::utc_text(bucket.from * 1000), "seconds": bucket.to - bucket.from });
         if let (Value::Object(shown), Value::Object(row)) = (&mut shown, json(row)?) {
             shown.extend(row);
         }
@@ -184,7 +185,9 @@ mod tests {
 
     #[test]
     fn times_are_read_as_people_write_them() {
-        for (text, seconds) in [("1700000000", 1_700_000_000), ("2024-02", 1_706_745_600), ("2024-02-29", 1_709_164_800)] {
+        for (text, seconds) in
+            [("1700000000", 1_700_000_000), ("2024-02", 1_706_745_600), ("2024-02-29", 1_709_164_800)]
+        {
             assert_eq!(time(text).unwrap(), seconds);
         }
         for bad in ["", "yesterday", "2023-02-29", "2024-02-00", "2024-2-1", "-1", "2024-02-1"] {

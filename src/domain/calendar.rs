@@ -134,7 +134,8 @@ mod tests {
         }
         let february: Month = "2024-02".parse().unwrap();
         assert_eq!(february.ends_unix_ms() - february.begins_unix_ms(), 29 * DAY_MS);
-        for bad in ["", "2026", "2026-13", "2026-00", "2026-1", "1969-12", "20261-1", "+026-11", "2026-11-01", "２０２６-11"]
+        for bad in
+            ["", "2026", "2026-13", "2026-00", "2026-1", "1969-12", "20261-1", "+026-11", "2026-11-01", "２０２６-11"]
         {
             assert!(bad.parse::<Month>().is_err(), "{bad}");
         }

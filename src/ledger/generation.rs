@@ -40,11 +40,7 @@ pub enum GenerationState {
 
 impl Ledger {
     /// A request of a tenant's; nothing where there is none.
-    pub async fn generation(
-        &self,
-        tenant: &TenantId,
-        request: &RequestId,
-    ) -> Result<Option<Generation>, LedgerError> {
+    pub async fn generation(&self, tenant: &TenantId, request: &RequestId) -> Result<Option<Generation>, LedgerError> {
         // Other names of the same table: those of grants, refunds and so on.
         if request.as_str().contains(' ') {
             return Ok(None);
@@ -135,7 +131,10 @@ mod tests {
     fn terms_that_lack_something_are_damage() {
         let whole = "k\x1fm\x1f1\x1f2\x1f3\x1fv1\x1f20261123\x1f90";
         let terms = read_terms(whole).unwrap();
-        assert_eq!((terms.key.as_str(), terms.price.output, terms.price_version.as_str()), ("k", NanoUsd::new(2), "v1"));
+        assert_eq!(
+            (terms.key.as_str(), terms.price.output, terms.price_version.as_str()),
+            ("k", NanoUsd::new(2), "v1")
+        );
         for bad in ["", "k\x1fm", "k\x1fm\x1fx\x1f2\x1f3\x1fv1", "k\x1fm\x1f1\x1f2\x1f3"] {
             assert!(read_terms(bad).is_err(), "{bad:?}");
         }

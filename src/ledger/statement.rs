@@ -412,10 +412,7 @@ impl Ledger {
         Ok(Standing {
             name: text(0)?.to_owned(),
             created_unix_ms: count(1)?,
-            position: Position {
-                balance: entry::nano(text(2)?, "balance")?,
-                held: entry::nano(text(3)?, "held")?,
-            },
+            position: Position { balance: entry::nano(text(2)?, "balance")?, held: entry::nano(text(3)?, "held")? },
             seq: count(4)?,
             archived: count(5)?,
             at: count(6)?,

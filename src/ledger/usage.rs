@@ -249,10 +249,7 @@ impl Ledger {
     }
 
     /// Of those that are wanted the ones that there are, and since when (unix seconds).
-    async fn tenants_and_birth(
-        &self,
-        wanted: Option<&BTreeSet<TenantId>>,
-    ) -> Result<Vec<(TenantId, u64)>, StoreError> {
+    async fn tenants_and_birth(&self, wanted: Option<&BTreeSet<TenantId>>) -> Result<Vec<(TenantId, u64)>, StoreError> {
         let Some(wanted) = wanted else {
             let mut all = redis::cmd("ZRANGE");
             all.arg(keys::TENANTS).arg(0).arg(-1).arg("WITHSCORES");
@@ -366,10 +363,12 @@ mod tests {
             let texts = fields.iter().flat_map(|(name, value)| [*name, *value]);
             read(redis::Value::Array(texts.map(|text| redis::Value::BulkString(text.into())).collect()))
         };
-        let whole = counter(&[("m\x1fk\x1frequests", "2"), ("m\x1fk\x1famount", "7"), ("m\x1fl\x1fprompt", "3")]).unwrap();
+        let whole =
+            counter(&[("m\x1fk\x1frequests", "2"), ("m\x1fk\x1famount", "7"), ("m\x1fl\x1fprompt", "3")]).unwrap();
         assert_eq!(whole.len(), 2);
         assert_eq!(whole[&("m".into(), "k".into())].amount, NanoUsd::new(7));
-        for bad in [("m\x1fk\x1frequests", "x"), ("m\x1fk\x1fwork", "1"), ("requests", "1"), ("m\x1fk\x1fprompt", "-1")] {
+        for bad in [("m\x1fk\x1frequests", "x"), ("m\x1fk\x1fwork", "1"), ("requests", "1"), ("m\x1fk\x1fprompt", "-1")]
+        {
             assert!(counter(&[bad]).is_err(), "{bad:?}");
         }
     }

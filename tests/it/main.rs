@@ -4,6 +4,7 @@ mod support;
 
 mod cluster_node;
 mod cluster_split;
+mod edge_account;
 mod edge_chat;
 mod edge_headers;
 mod edge_keeping;
@@ -26,5 +27,7 @@ mod store_outage;
 mod store_queue;
 mod store_rates;
 mod store_records;
+mod store_statements;
+mod store_usage;
 mod store_verify;
 mod tidy;

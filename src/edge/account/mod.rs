@@ -21,7 +21,9 @@ use crate::{
 async fn reader(http: &HttpRequest, state: &EdgeState) -> Result<Principal, ApiError> {
     let principal = authenticate(http, state).await?;
     if !principal.may(Scope::Read) {
-        return Err(ApiError::permission_denied("This API key may not see usage and money: it lacks the scope `read`."));
+        return Err(ApiError::permission_denied(
+            "This API key may not see usage and money: it lacks the scope `read`.",
+        ));
     }
     Ok(principal)
 }
@@ -41,7 +43,9 @@ fn usage_failed(error: UsageError) -> ApiError {
         UsageError::Backwards { .. } => {
             ApiError::field("out_of_range", "end_time", "Invalid 'end_time': it must lie after 'start_time'.")
         }
-        UsageError::TooLong { .. } => ApiError::field("out_of_range", "end_time", format!("Invalid 'end_time': {error}.")),
+        UsageError::TooLong { .. } => {
+            ApiError::field("out_of_range", "end_time", format!("Invalid 'end_time': {error}."))
+        }
         UsageError::Forgotten { .. } => {
             ApiError::field("out_of_range", "start_time", format!("Invalid 'start_time': {error}."))
         }

@@ -17,9 +17,8 @@ use crate::{
 /// The last second of the year 9999.
 pub const TIME_MAX: u64 = 253_402_300_799;
 /// What both may be asked with.
-pub const PARAMETERS: &[&str] = &[
-    "start_time", "end_time", "bucket_width", "group_by", "project_ids", "api_key_ids", "models", "limit", "page",
-];
+pub const PARAMETERS: &[&str] =
+    &["start_time", "end_time", "bucket_width", "group_by", "project_ids", "api_key_ids", "models", "limit", "page"];
 pub const USAGE_GROUPS: &[&str] = &["project_id", "api_key_id", "model"];
 /// A line item is a model: neither tells input from output.
 pub const COST_GROUPS: &[&str] = &["project_id", "api_key_id", "model", "line_item"];

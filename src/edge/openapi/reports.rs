@@ -9,9 +9,7 @@ use crate::edge::account::{
 
 /// The components, by name. Where two have one name in the query, they differ in their bounds.
 pub fn parameters() -> Vec<(&'static str, Value)> {
-    let one = |name: &str, about: &str, schema: Value| {
-        json!({ "name": name, "in": "query", "description": about, "schema": schema })
-    };
+    let one = |name: &str, about: &str, schema: Value| json!({ "name": name, "in": "query", "description": about, "schema": schema });
     let list = |name: &str, about: &str, items: Value| {
         let about = format!("{about} Also as `{name}[]`.");
         json!({ "name": name, "in": "query", "description": about, "style": "form", "explode": true,
@@ -19,7 +17,8 @@ pub fn parameters() -> Vec<(&'static str, Value)> {
     };
     let words = || json!({ "type": "string" });
     let time = || json!({ "type": "integer", "minimum": 0, "maximum": TIME_MAX });
-    let limit = |most: u64, about: &str| one("limit", about, json!({ "type": "integer", "minimum": 1, "maximum": most }));
+    let limit =
+        |most: u64, about: &str| one("limit", about, json!({ "type": "integer", "minimum": 1, "maximum": most }));
     let mut start = one("start_time", "Unix seconds; the bucket that has it is the first.", time());
     start["required"] = json!(true);
     // Long before the first request of anybody.
@@ -38,14 +37,21 @@ pub fn parameters() -> Vec<(&'static str, Value)> {
         ("group_by", list("group_by", "What is told apart. A project is a tenant.", json!({ "enum": USAGE_GROUPS }))),
         (
             "cost_group_by",
-            list("group_by", "What is told apart. A project is a tenant, a line item a model.", json!({ "enum": COST_GROUPS })),
+            list(
+                "group_by",
+                "What is told apart. A project is a tenant, a line item a model.",
+                json!({ "enum": COST_GROUPS }),
+            ),
         ),
         ("project_ids", list("project_ids", "Only of these tenants.", words())),
         ("api_key_ids", list("api_key_ids", "Only of these keys.", words())),
         ("models", list("models", "Only of these models.", words())),
         (
             "limit",
-            limit(LIMIT_MAX, "Buckets on one page: of `1d` 7, at most 31; of `1h` 24, at most 168; of `1m` 60, at most 1440."),
+            limit(
+                LIMIT_MAX,
+                "Buckets on one page: of `1d` 7, at most 31; of `1h` 24, at most 168; of `1m` 60, at most 1440.",
+            ),
         ),
         (
             "cost_limit",
@@ -62,10 +68,7 @@ pub fn parameters() -> Vec<(&'static str, Value)> {
                 json!({ "type": "string", "pattern": "^page_[0-9]{1,12}$" }),
             ),
         ),
-        (
-            "format",
-            one("format", "Of the answer.", json!({ "type": "string", "enum": FORMATS, "default": "json" })),
-        ),
+        ("format", one("format", "Of the answer.", json!({ "type": "string", "enum": FORMATS, "default": "json" }))),
     ]
 }
 

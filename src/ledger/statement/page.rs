@@ -2,10 +2,7 @@
 
 use std::sync::LazyLock;
 
-use minijinja::{
-    Environment, Value, context,
-    value::Serde,
-};
+use minijinja::{Environment, Value, context, value::Serde};
 
 use super::Statement;
 use crate::domain::{NanoUsd, utc_text};
