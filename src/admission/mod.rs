@@ -8,6 +8,7 @@ mod guard;
 pub(crate) mod key;
 mod key_cache;
 mod limits;
+mod standing;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -19,6 +20,7 @@ pub use guard::{Address, Guard, GuardLimits};
 pub(crate) use key::limits_in;
 pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
 pub use limits::{LIMIT_MAX, LimitKind, Limits, Party, Rate, Rates, Tier, Tiers};
+pub use standing::{LimitUse, Standing};
 
 use crate::{
     domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, Priority, RequestId, TenantId},

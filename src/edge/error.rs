@@ -74,6 +74,7 @@ const RETRY_STORE_MS: u64 = 1_000;
 const RETRY_WORKER_MS: u64 = 1_000;
 const RETRY_DRAIN_MS: u64 = 2_000;
 const RETRY_PROMPT_MS: u64 = 250;
+const RETRY_STATEMENT_MS: u64 = 1_000;
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
@@ -272,6 +273,14 @@ impl ApiError {
         error
     }
 
+    pub fn too_many_statements() -> Self {
+        let why = "Too many statements are being made. Try again shortly.";
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", why)
+            .retry_after(RETRY_STATEMENT_MS);
+        error.0.reason = "statements_full";
+        error
+    }
+
     /// The same idempotency key with another question.
     pub fn key_reused() -> Self {
         let why = "This Idempotency-Key was used for another request. Use a new key for every request.";
@@ -293,6 +302,20 @@ impl ApiError {
         let why = format!("No {what} found with id '{}'.", shorten(id));
         let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "not_found", why);
         error.0.param = Some("id".into());
+        error
+    }
+
+    /// What is asked for is not in the store any more.
+    pub fn archived(param: &str, what: impl std::fmt::Display) -> Self {
+        let why = format!("{what} lies in the archive. Ask whoever runs the service for it.");
+        let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "archived", why);
+        error.0.param = Some(param.into());
+        error
+    }
+
+    pub fn no_statement(why: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "not_found", why);
+        error.0.param = Some("month".into());
         error
     }
 

@@ -12,10 +12,10 @@ use std::{
 use futures::future::BoxFuture;
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use super::recording::Recordings;
+use super::{account::statements, recording::Recordings};
 use crate::{
     admission::{Admission, Guard},
     config,
@@ -122,6 +122,8 @@ pub(super) struct EdgeState {
     pub runtime: tokio::runtime::Handle,
     /// Work that outlives its request: admissions under way, and giving up what nobody reads.
     pub tasks: TaskTracker,
+    /// Statements that may be in the making besides those that are.
+    pub statements: Semaphore,
     draining: AtomicBool,
     open: Mutex<HashMap<RequestId, Open>>,
     closed_one: Notify,
@@ -153,6 +155,7 @@ impl EdgeState {
             readiness: spec.readiness,
             runtime: spec.runtime,
             tasks: TaskTracker::new(),
+            statements: Semaphore::new(statements::AT_ONCE),
             draining: AtomicBool::new(false),
             open: Mutex::default(),
             closed_one: Notify::new(),

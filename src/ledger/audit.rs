@@ -70,7 +70,7 @@ pub struct Terms {
 }
 
 impl Terms {
-    fn of(entry: &Entry) -> Self {
+    pub(super) fn of(entry: &Entry) -> Self {
         let Entry { key, model, price, price_version, .. } = entry.clone();
         Self { key, model, price, price_version }
     }
@@ -209,8 +209,8 @@ impl Audit {
                 self.books.balance += amount;
             }
             EntryKind::Adjust => {
-                // What could not be collected was written off with the charge that follows, by nobody.
-                if !(entry.reference.is_empty() && entry.note == "written_off") {
+                // By nobody, with the charge that follows.
+                if !entry.is_write_off() {
                     self.name_once(format!("adjust {}", entry.reference), format!("{amount} {note}"), entry);
                 }
                 self.books.adjusted += amount;

@@ -10,9 +10,12 @@ mod audit;
 mod clock;
 mod entry;
 mod funds;
+mod generation;
 mod prices;
 mod receipt;
 mod receipt_key;
+mod statement;
+mod usage;
 mod verify;
 
 use std::{sync::Arc, time::Duration};
@@ -20,12 +23,15 @@ use std::{sync::Arc, time::Duration};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
-pub use audit::Books;
+pub use audit::{Books, Terms};
 pub use entry::{Account, Entry, EntryKind, Movement, NO_LINK};
 pub use funds::{Moved, Refund};
+pub use generation::{Generation, GenerationState};
 pub use prices::{Prices, PricesError};
 pub use receipt::{RECEIPT_VERSION, Receipt, ReceiptError, ReceiptPrice, ReceiptSignature, ReceiptStatement};
 pub use receipt_key::{RECEIPT_KEY_FILE, ReceiptKey, ReceiptKeyError, Receipts};
+pub use statement::{Charge, Line, Position, Statement, StatementDraft, StatementError, StatementTotals};
+pub use usage::{UsageBucket, UsageError, UsageRange, UsageRow, UsageSums, UsageWidth, UsageWish};
 pub use verify::Report;
 
 use crate::{
@@ -64,6 +70,8 @@ pub enum LedgerError {
     OtherReference(String),
     #[error("{0} was not charged, or so long ago that it is archived; use an adjustment")]
     NotCharged(RequestId),
+    #[error("the entries of {0} are archived")]
+    Archived(RequestId),
     #[error("of {request} only {left} is left to be given back")]
     ExceedsCharge { request: RequestId, left: NanoUsd },
     #[error(
@@ -411,6 +419,11 @@ impl Ledger {
             released += self.sweep_tenant(tenant, "1").await?;
         }
         Ok(released)
+    }
+
+    /// What time it is by the clock that dates every entry.
+    pub async fn now_unix_ms(&self) -> Result<u64, LedgerError> {
+        Ok(self.store.now_unix_ms().await?)
     }
 
     pub async fn balance(&self, tenant: &TenantId) -> Result<Balance, LedgerError> {

@@ -8,6 +8,7 @@ pub mod heap;
 pub mod house;
 pub mod hub;
 pub mod model;
+pub mod past;
 pub mod process;
 pub mod requests;
 pub mod valkey;
