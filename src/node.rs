@@ -116,6 +116,14 @@ pub struct Node {
     _lock: Option<DataDir>,
 }
 
+/// What an edge shares with the rest of the node.
+struct Rooms {
+    store: Store,
+    ledger: Ledger,
+    queue: Queue,
+    receipts: Receipts,
+}
+
 struct Relay {
     stop: CancellationToken,
     tasks: TaskTracker,
@@ -142,8 +150,8 @@ impl Node {
             Role::All => Some(bootstrap(&config, &store, &ledger).await?),
             Role::Edge | Role::Worker => None,
         };
+        let receipts = Receipts::open(&store, config.ledger.receipt_key_file()).await?;
         if role == Role::All {
-            let receipts = Receipts::open(&store, config.ledger.receipt_key_file()).await?;
             receipts.public_key().write(&config.node.data_dir.join(RECEIPT_KEY_FILE))?;
         }
 
@@ -208,7 +216,7 @@ impl Node {
             return Err(error.into());
         }
         if let (Some(listener), Some(hub)) = (http, hub) {
-            match started.open_edge(listener, hub, &models, store, ledger, queue).await {
+            match started.open_edge(listener, hub, &models, Rooms { store, ledger, queue, receipts }).await {
                 Ok(edge) => {
                     started.address = Some(edge.address);
                     started.edge = Some(edge);
@@ -273,9 +281,7 @@ impl Node {
         listener: TcpListener,
         hub: ReplyHub,
         models: &models::Models,
-        store: Store,
-        ledger: Ledger,
-        queue: Queue,
+        Rooms { store, ledger, queue, receipts }: Rooms,
     ) -> Result<EdgeHandle, NodeError> {
         let config = &self.config;
         let spec = EdgeSpec {
@@ -288,6 +294,7 @@ impl Node {
                 .with_tiers(tiers(config)?)
                 .with_step(config.ledger.step_tokens),
             guard: Guard::new(store.clone(), guard_limits(&config.edge)),
+            receipts,
             records: Records::new(store.clone(), retention(&config.edge), ledger.hold_lease()),
             ledger,
             queue,

@@ -175,6 +175,16 @@ pub const OPERATIONS: &[Operation] = &[
     })
     .answer(Json("Generation"))
     .refusals(FINDS),
+    Operation::new(Get, "/v1/generations/{id}/receipt", "getReceipt", "The same, signed", |route| {
+        route.to(generations::receipt)
+    })
+    .answer(Json("Receipt"))
+    .refusals(FINDS),
+    Operation::new(Get, "/v1/receipt-key", "getReceiptKey", "The key with which receipts are checked", |route| {
+        route.to(generations::receipt_key)
+    })
+    .answer(Json("ReceiptKey"))
+    .refusals(SHOWS),
     Operation::new(Get, "/v1/statements/{month}", "getStatement", "A month of the tenant's ledger", |route| {
         route.to(statements::get)
     })

@@ -28,7 +28,7 @@ pub use entry::{Account, Entry, EntryKind, Movement, NO_LINK};
 pub use funds::{Moved, Refund};
 pub use generation::{Generation, GenerationState};
 pub use prices::{Prices, PricesError};
-pub use receipt::{RECEIPT_VERSION, Receipt, ReceiptError, ReceiptPrice, ReceiptSignature, ReceiptStatement};
+pub use receipt::{RECEIPT_VERSION, Receipt, ReceiptError, ReceiptSignature, ReceiptStatement};
 pub use receipt_key::{RECEIPT_KEY_FILE, ReceiptKey, ReceiptKeyError, Receipts};
 pub use statement::{Charge, Line, Position, Statement, StatementDraft, StatementError, StatementTotals};
 pub use usage::{UsageBucket, UsageError, UsageRange, UsageRow, UsageSums, UsageWidth, UsageWish};

@@ -1,13 +1,14 @@
 //! A signed statement about one settled request, which a tenant can check without asking anybody.
 
-use std::str::FromStr;
+use std::{collections::BTreeMap, str::FromStr};
 
 use ed25519_dalek::{Signer, SigningKey};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::receipt_key::ReceiptKey;
-use crate::domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage};
+use crate::domain::{KeyId, ModelId, NanoUsd, Price, RequestId, TenantId, Usage};
 
 /// The form of a receipt; another one is another number.
 pub const RECEIPT_VERSION: u64 = 1;
@@ -47,40 +48,26 @@ impl ReceiptError {
     }
 }
 
-/// Nano-dollars for a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ReceiptPrice {
-    pub input: NanoUsd,
-    pub output: NanoUsd,
-    /// Of the prompt's tokens that were found in the prefix cache.
-    pub cached_input: NanoUsd,
-}
-
-impl ReceiptPrice {
-    pub fn new(Price { input, output, cached_input }: Price) -> Self {
-        Self { input, output, cached_input }
-    }
-
-    fn cost(&self, usage: &Usage) -> Result<NanoUsd, MoneyError> {
-        let fresh = u64::from(usage.prompt_tokens.saturating_sub(usage.cached_tokens));
-        let input = self.input.checked_mul(fresh)?;
-        let cached = self.cached_input.checked_mul(u64::from(usage.cached_tokens))?;
-        let output = self.output.checked_mul(u64::from(usage.completion_tokens))?;
-        input.checked_add(cached)?.checked_add(output)
-    }
-}
-
 /// What a receipt states, in the order in which it is signed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, JsonSchema, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReceiptStatement {
     pub version: u64,
+    #[schemars(with = "String")]
     pub request: RequestId,
+    #[schemars(with = "String")]
     pub tenant: TenantId,
+    #[schemars(with = "String")]
     pub key: KeyId,
+    #[schemars(with = "String")]
     pub model: ModelId,
+    /// `prompt_tokens`, `completion_tokens`, `cached_tokens`.
+    #[schemars(with = "BTreeMap<String, u32>")]
     pub usage: Usage,
-    pub price: ReceiptPrice,
+    /// `input`, `output`, `cached_input`: nano-dollars for a token.
+    #[schemars(with = "BTreeMap<String, i64>")]
+    pub price: Price,
     pub price_version: String,
+    #[schemars(with = "i64")]
     #[serde(rename = "amount_nano_usd")]
     pub amount: NanoUsd,
     /// How the request ended.
@@ -95,14 +82,14 @@ pub struct ReceiptStatement {
 
 /// A [`ReceiptStatement`] and its signature; one flat object in JSON. Read with [`str::parse`], which takes nothing that
 /// the signature does not cover.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, JsonSchema, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Receipt {
     #[serde(flatten)]
     pub statement: ReceiptStatement,
     pub signature: ReceiptSignature,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, JsonSchema, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReceiptSignature {
     pub algorithm: String,
     pub key_id: String,

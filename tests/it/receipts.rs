@@ -8,8 +8,8 @@ use std::{
 };
 
 use lightcone::{
-    domain::{NanoUsd, Usage},
-    ledger::{RECEIPT_VERSION, Receipt, ReceiptKey, ReceiptPrice, ReceiptStatement, Receipts},
+    domain::{NanoUsd, Price, Usage},
+    ledger::{RECEIPT_VERSION, Receipt, ReceiptKey, ReceiptStatement, Receipts},
     store::{Store, embedded::EmbeddedServer},
 };
 use nix::sys::signal::Signal;
@@ -26,7 +26,7 @@ fn statement() -> ReceiptStatement {
         key: "key_1".into(),
         model: "tzafon.sm-1".into(),
         usage: Usage { prompt_tokens: 10, completion_tokens: 4, cached_tokens: 2 },
-        price: ReceiptPrice { input, output, cached_input },
+        price: Price { input, output, cached_input },
         price_version: "2026-11".into(),
         amount: NanoUsd::new(8 * 200 + 2 * 50 + 4 * 300),
         reason: "stop".into(),

@@ -7,8 +7,8 @@ use serde::Serialize;
 use super::{ledger_failed, reader};
 use crate::{
     domain::{NanoUsd, Price, RequestId, TenantId, Usage},
-    edge::{error::ApiError, state::EdgeState, stored::store_failed},
-    ledger::{Entry, Generation, GenerationState, LedgerError},
+    edge::{auth::authenticate, error::ApiError, state::EdgeState, stored::store_failed},
+    ledger::{Entry, Generation, GenerationState, LedgerError, RECEIPT_VERSION, ReceiptStatement},
 };
 
 #[derive(JsonSchema, Serialize)]
@@ -77,6 +77,60 @@ pub async fn get(
     let found = find(&state, &principal.tenant, &id).await?;
     let generation = found.ok_or_else(|| ApiError::not_found("generation", &id))?;
     Ok(HttpResponse::Ok().json(Cost::of(&generation)))
+}
+
+/// What it cost, signed.
+pub async fn receipt(
+    http: HttpRequest,
+    id: web::Path<String>,
+    state: web::Data<EdgeState>,
+) -> Result<HttpResponse, ApiError> {
+    let principal = reader(&http, &state).await?;
+    let found = find(&state, &principal.tenant, &id).await?;
+    let statement = found.and_then(|generation| stated(&principal.tenant, generation));
+    let statement = statement.ok_or_else(|| ApiError::not_found("charged generation", &id))?;
+    let receipt = state.receipts.sign(statement).map_err(|error| {
+        tracing::error!(%error, id = %id, "a receipt cannot be signed");
+        ApiError::internal()
+    })?;
+    Ok(HttpResponse::Ok().json(receipt))
+}
+
+#[derive(JsonSchema, Serialize)]
+pub struct PublicKey {
+    #[schemars(extend("const" = "ed25519"))]
+    algorithm: &'static str,
+    key_id: String,
+    public_key: String,
+}
+
+/// With which receipts are checked.
+pub async fn receipt_key(http: HttpRequest, state: web::Data<EdgeState>) -> Result<HttpResponse, ApiError> {
+    authenticate(&http, &state).await?;
+    let key = state.receipts.public_key();
+    Ok(HttpResponse::Ok().json(PublicKey { algorithm: "ed25519", key_id: key.id(), public_key: key.to_string() }))
+}
+
+/// Nothing of one that was not charged.
+fn stated(tenant: &TenantId, generation: Generation) -> Option<ReceiptStatement> {
+    let Generation { request, terms, state, .. } = generation;
+    let GenerationState::Charged { entry, .. } = state else { return None };
+    Some(ReceiptStatement {
+        version: RECEIPT_VERSION,
+        request,
+        tenant: tenant.clone(),
+        key: terms.key,
+        model: terms.model,
+        usage: entry.usage,
+        price: terms.price,
+        price_version: terms.price_version,
+        amount: entry.amount,
+        reason: entry.note,
+        token_digest: Some(entry.digest).filter(|digest| !digest.is_empty()),
+        settled_unix_ms: entry.unix_ms,
+        ledger_seq: entry.seq,
+        ledger_link: entry.link,
+    })
 }
 
 /// By the id of its answer, or by the name that its client gave it, for as long as that is remembered.

@@ -11,7 +11,7 @@ use crate::{
         dialect::{completions, openai},
         error, models, status, stored, tokens,
     },
-    ledger::Statement,
+    ledger::{Receipt, Statement},
 };
 
 /// All of them, by name.
@@ -34,6 +34,8 @@ pub fn all() -> Map<String, Value> {
         ("Balance", of::<balance::Balance>()),
         ("Usage", of::<limits::Usage>()),
         ("Generation", of::<generations::Cost>()),
+        ("Receipt", of::<Receipt>()),
+        ("ReceiptKey", of::<generations::PublicKey>()),
         ("Statement", of::<Statement>()),
         ("CompletionsUsage", of::<organization::Page<organization::CompletionsResult>>()),
         ("Costs", of::<organization::Page<organization::CostsResult>>()),

@@ -20,7 +20,7 @@ fn statement() -> ReceiptStatement {
         key: "key_2".into(),
         model: "tzafon.sm-1".into(),
         usage: Usage { prompt_tokens: 100, completion_tokens: 20, cached_tokens: 64 },
-        price: ReceiptPrice { input: NanoUsd::new(200), output: NanoUsd::new(300), cached_input: NanoUsd::new(50) },
+        price: Price { input: NanoUsd::new(200), output: NanoUsd::new(300), cached_input: NanoUsd::new(50) },
         price_version: "2026-11".into(),
         amount: NanoUsd::new(36 * 200 + 64 * 50 + 20 * 300),
         reason: "stop".into(),
@@ -169,7 +169,7 @@ fn what_is_out_of_range_is_neither_signed_nor_believed() {
         ("tenant", ReceiptStatement { tenant: "ten\n1".into(), ..statement() }),
         ("reason", ReceiptStatement { reason: "x".repeat(1025), ..statement() }),
         ("usage.cached_tokens", ReceiptStatement { usage: Usage { cached_tokens: 101, ..usage }, ..statement() }),
-        ("price.output", ReceiptStatement { price: ReceiptPrice { output: NanoUsd::new(-1), ..price }, ..statement() }),
+        ("price.output", ReceiptStatement { price: Price { output: NanoUsd::new(-1), ..price }, ..statement() }),
         ("amount_nano_usd", ReceiptStatement { amount: NanoUsd::new(-1), ..statement() }),
         ("token_digest", ReceiptStatement { token_digest: Some("AB".repeat(32)), ..statement() }),
         ("settled_unix_ms", ReceiptStatement { settled_unix_ms: 0, ..statement() }),
@@ -180,7 +180,7 @@ fn what_is_out_of_range_is_neither_signed_nor_believed() {
         assert_eq!(Receipt::sign(statement.clone(), &signing_key()), Err(fault.clone()));
         assert_eq!(forced(statement).verify(&key()), Err(fault));
     }
-    let price = ReceiptPrice { input: NanoUsd::new(i64::MAX), ..price };
+    let price = Price { input: NanoUsd::new(i64::MAX), ..price };
     let overflow = ReceiptStatement { price, ..statement() };
     assert_eq!(forced(overflow).verify(&key()).unwrap_err().code(), "malformed");
 }
@@ -197,7 +197,7 @@ proptest! {
         let cached_tokens = (f64::from(prompt_tokens) * cached) as u32;
         let usage = Usage { prompt_tokens, completion_tokens, cached_tokens };
         let [input, output, cached_input] = [input, output, cached_input].map(NanoUsd::new);
-        let price = ReceiptPrice { input, output, cached_input };
+        let price = Price { input, output, cached_input };
         let amount = price.cost(&usage).unwrap();
         let model = model.as_str().into();
         let stated = ReceiptStatement {

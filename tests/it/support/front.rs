@@ -180,6 +180,7 @@ impl Front {
             wait_max: Duration::from_secs(60),
             admission: house.admission.clone().with_tiers(tiers),
             guard: Guard::new(house.store.clone(), guard_limits),
+            receipts: house.receipts.clone(),
             ledger: Ledger::new(house.store.clone(), hold_lease),
             queue,
             records: Records::new(house.store.clone(), Retention::default(), hold_lease),
