@@ -144,9 +144,7 @@ async fn a_page_shows_every_amount_and_runs_nothing() {
         for charge in &statement.charges {
             assert!(page.contains(&charge.sums.amount.to_string()) && page.contains(&charge.day.to_string()));
         }
-        for link in &statement.link {
-            assert!(page.contains(link));
-        }
+        assert!(statement.link.is_none_or(|link| page.contains(&link)));
         assert!(!page.contains("<b>") && !page.contains("<script") && !page.contains("src="), "{page}");
     }
 }
@@ -197,7 +195,9 @@ async fn falsify(house: &House, field: &str, change: i64) -> u64 {
     for (id, fields) in stored {
         let mut add = redis::cmd("XADD");
         add.arg(&key).arg(id);
-        fields.iter().for_each(|(name, value)| drop(add.arg(name).arg(value)));
+        for (name, value) in &fields {
+            add.arg(name).arg(value);
+        }
         add.exec_async(&mut raw).await.unwrap();
     }
     number

@@ -33,7 +33,9 @@ pub async fn date_entries(house: &House, tenant: &TenantId, times: &[u64]) {
         fields.insert("link".to_owned(), link.clone());
         let mut add = redis::cmd("XADD");
         add.arg(&stream).arg(id);
-        fields.iter().for_each(|(name, value)| drop(add.arg(name).arg(value)));
+        for (name, value) in &fields {
+            add.arg(name).arg(value);
+        }
         add.exec_async(&mut raw).await.expect("XADD");
     }
     let mut set = redis::cmd("HSET");
