@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn a_point_that_does_not_exist_is_named() {
         let error = parse("ledger.nowhere:2").unwrap_err();
-        assert!(error.starts_with("there is no point `ledger.nowhere`; there are journal."), "{error}");
+        assert!(error.starts_with("there is no point `ledger.nowhere`; there are admission.hold.asked, "), "{error}");
         assert_eq!(error.lines().count(), 1);
     }
 

@@ -136,10 +136,6 @@ impl Audit {
         }
     }
 
-    pub fn books(&self) -> &Books {
-        &self.books
-    }
-
     /// An entry that could not be read stands in its place in the sequence.
     pub fn unreadable(&mut self, fault: String) {
         self.books.seq += 1;

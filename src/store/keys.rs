@@ -84,11 +84,6 @@ pub(crate) fn open(tenant: &TenantId) -> String {
     format!("lc:{{t:{tenant}}}:open")
 }
 
-/// What was asked and spent in a day (`20261123`) or a month (`202611`) of UTC, by the tenant and by each key.
-pub(crate) fn period(tenant: &TenantId, period: &str) -> String {
-    format!("lc:{{t:{tenant}}}:period:{period}")
-}
-
 /// What was used in an hour, counted since 1970, by model and key.
 pub(crate) fn usage_hour(tenant: &TenantId, hour: u64) -> String {
     format!("lc:{{t:{tenant}}}:usage:hour:{hour}")
@@ -97,11 +92,6 @@ pub(crate) fn usage_hour(tenant: &TenantId, hour: u64) -> String {
 /// The same in a minute.
 pub(crate) fn usage_minute(tenant: &TenantId, minute: u64) -> String {
     format!("lc:{{t:{tenant}}}:usage:minute:{minute}")
-}
-
-/// What a tenant is yet to be told of.
-pub(crate) fn outbox(tenant: &TenantId) -> String {
-    format!("lc:{{t:{tenant}}}:outbox")
 }
 
 /// The keys of a tenant's ledger in the order in which the functions take them; they find the others beside these.

@@ -196,7 +196,7 @@ async fn asked(
         None => start,
         Some(page) => {
             let at = page.strip_prefix(PAGE_PREFIX).and_then(|at| at.parse::<u64>().ok());
-            let is_ours = |at: &u64| *at % width.seconds() == 0 && (start..=TIME_MAX).contains(at);
+            let is_ours = |at: &u64| (*at).is_multiple_of(width.seconds()) && (start..=TIME_MAX).contains(at);
             at.filter(is_ours).ok_or_else(|| {
                 let why = "Invalid 'page': give the `next_page` of the page before, with the same parameters.";
                 ApiError::field("invalid_value", "page", why)

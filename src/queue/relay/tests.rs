@@ -210,7 +210,7 @@ async fn a_worker_that_dies_fails_the_streams_it_served() {
     dialer.send(edge.hub.node(), &edge.address, vec![event(&request, 0, EventBody::Accepted)]);
     next(&mut stream).await;
     dialer.close(SOON).await;
-    assert!(is_failed(&next(&mut stream).await, FailureCode::WorkerFailed));
+    assert!(is_failed(&next(&mut stream).await, FailureCode::WorkerLost));
     assert_eq!(edge.hub.open_requests(), [other]);
 }
 
@@ -241,7 +241,7 @@ async fn a_worker_that_freezes_is_noticed_by_its_silence() {
     let accepted = wire::ToEdge::Events(vec![event(&request, 0, EventBody::Accepted)]);
     futures::SinkExt::send(&mut wire, wire::encode(&accepted).unwrap()).await.unwrap();
     next(&mut stream).await;
-    assert!(is_failed(&next(&mut stream).await, FailureCode::WorkerFailed));
+    assert!(is_failed(&next(&mut stream).await, FailureCode::WorkerLost));
     drop(wire);
 }
 
