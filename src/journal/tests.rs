@@ -244,7 +244,9 @@ fn a_journal_is_copied_under_those_who_write_it_and_nothing_is_lost() {
     let folder = tempdir().unwrap();
     let journal = Journal::open_with_limit(folder.path(), &"node_1".into(), 4 << 10).unwrap();
     let inode = || fs::metadata(file(folder.path())).unwrap().ino();
-    let before = inode();
+    // Held, so that no later file gets its number.
+    let first = fs::File::open(file(folder.path())).unwrap();
+    let before = first.metadata().unwrap().ino();
     let write = |writer: u32| {
         for number in 0..REQUESTS {
             let request = format!("chatcmpl-{writer}-{number}");
