@@ -24,6 +24,7 @@ mod money_crowd;
 mod money_kill;
 mod openapi;
 mod store_accounts;
+mod store_model;
 mod store_money;
 mod store_outage;
 mod store_queue;
