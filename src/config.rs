@@ -9,10 +9,11 @@ mod load;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
-    path::PathBuf,
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
 };
 
+use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::domain::{ModelId, MoneyError, NanoUsd, Price, PriceList};
@@ -79,6 +80,10 @@ pub struct Edge {
     pub messages_max: usize,
     pub choices_max: u32,
     pub cors_origins: Vec<String>,
+    pub trusted_proxies: Vec<String>,
+    pub auth_failures_max: u64,
+    pub auth_failure_window_seconds: u64,
+    pub auth_block_seconds: u64,
     pub record_hours: u64,
     pub idempotency_hours: u64,
     pub stream_buffer_events: usize,
@@ -117,6 +122,7 @@ pub struct Ledger {
     pub sweep_ms: u64,
     pub step_tokens: u32,
     pub bootstrap_balance_usd: String,
+    pub receipt_key_file: PathBuf,
 }
 
 /// What tenants of one tier may do.
@@ -225,6 +231,20 @@ pub enum PriceFault {
     CachedAboveInput,
 }
 
+impl Edge {
+    /// The networks of `trusted_proxies`.
+    pub fn trusted_networks(&self) -> Vec<IpNet> {
+        let network = |text: &String| network(text).expect("a loaded configuration is sound");
+        self.trusted_proxies.iter().map(network).collect()
+    }
+}
+
+impl Ledger {
+    pub fn receipt_key_file(&self) -> Option<&Path> {
+        Some(self.receipt_key_file.as_path()).filter(|path| !path.as_os_str().is_empty())
+    }
+}
+
 impl Engine {
     /// The CPUs of `cpu_set`; none where it leaves that open.
     pub fn cpus(&self) -> BTreeSet<usize> {
@@ -282,6 +302,11 @@ fn cpus(text: &str) -> Option<BTreeSet<usize>> {
         set.extend(first..=last);
     }
     Some(set)
+}
+
+/// Reads `10.0.0.0/8`, or an address alone.
+fn network(text: &str) -> Option<IpNet> {
+    text.parse().ok().or_else(|| text.parse::<IpAddr>().ok().map(IpNet::from))
 }
 
 /// Of dollars per million tokens.

@@ -25,14 +25,14 @@ pub use models::start_runtime;
 pub use wait::shutdown_signal;
 
 use crate::{
-    admission::{Admission, LimitKind, Limits, Tier, Tiers},
+    admission::{Admission, Guard, GuardLimits, LimitKind, Limits, Tier, Tiers},
     cluster::{self, Cluster, ClusterContext, ClusterError, PoolStatus, RecoveryError},
     config::{self, AppendFsync, Config, PriceFault, Role, ServiceTier},
     domain::{ModelId, NanoUsd, NodeId, Priority},
     edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
     engine::EngineError,
     journal::{Journal, JournalError},
-    ledger::{Ledger, Prices},
+    ledger::{Ledger, Prices, RECEIPT_KEY_FILE, ReceiptKeyError, Receipts},
     operator::{Accounts, Bootstrap, OperatorError},
     queue::{
         Outlet, Queue, QueueLimits, ReplyHub,
@@ -73,6 +73,8 @@ pub enum NodeError {
     Edge(#[from] EdgeError),
     #[error(transparent)]
     Operator(#[from] OperatorError),
+    #[error("receipts: {0}")]
+    ReceiptKey(#[from] ReceiptKeyError),
     #[error("prices: {0}")]
     Price(#[from] PriceFault),
     #[error("money: {0}")]
@@ -91,7 +93,7 @@ impl NodeError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::DataDir(_) | Self::Journal(_) | Self::Recovery(RecoveryError::Journal(_)) => 3,
-            Self::Embedded(_) | Self::Store(_) | Self::Operator(_) | Self::Recovery(_) => 4,
+            Self::Embedded(_) | Self::Store(_) | Self::Operator(_) | Self::ReceiptKey(_) | Self::Recovery(_) => 4,
             Self::Model { .. } | Self::Engine(_) | Self::Cluster(_) | Self::Limits(_) => 5,
             Self::Listen { .. } | Self::Relay(_) => 6,
             _ => 1,
@@ -112,6 +114,14 @@ pub struct Node {
     metrics: Arc<Metrics>,
     /// Released last.
     _lock: Option<DataDir>,
+}
+
+/// What an edge shares with the rest of the node.
+struct Rooms {
+    store: Store,
+    ledger: Ledger,
+    queue: Queue,
+    receipts: Receipts,
 }
 
 struct Relay {
@@ -140,6 +150,10 @@ impl Node {
             Role::All => Some(bootstrap(&config, &store, &ledger).await?),
             Role::Edge | Role::Worker => None,
         };
+        let receipts = Receipts::open(&store, config.ledger.receipt_key_file()).await?;
+        if role == Role::All {
+            receipts.public_key().write(&config.node.data_dir.join(RECEIPT_KEY_FILE))?;
+        }
 
         let node = NodeId::generate();
         let metrics = Arc::new(Metrics::new());
@@ -202,7 +216,7 @@ impl Node {
             return Err(error.into());
         }
         if let (Some(listener), Some(hub)) = (http, hub) {
-            match started.open_edge(listener, hub, &models, store, ledger, queue).await {
+            match started.open_edge(listener, hub, &models, Rooms { store, ledger, queue, receipts }).await {
                 Ok(edge) => {
                     started.address = Some(edge.address);
                     started.edge = Some(edge);
@@ -267,9 +281,7 @@ impl Node {
         listener: TcpListener,
         hub: ReplyHub,
         models: &models::Models,
-        store: Store,
-        ledger: Ledger,
-        queue: Queue,
+        Rooms { store, ledger, queue, receipts }: Rooms,
     ) -> Result<EdgeHandle, NodeError> {
         let config = &self.config;
         let spec = EdgeSpec {
@@ -281,6 +293,8 @@ impl Node {
             admission: Admission::new(store.clone(), ledger.hold_lease())
                 .with_tiers(tiers(config)?)
                 .with_step(config.ledger.step_tokens),
+            guard: Guard::new(store.clone(), guard_limits(&config.edge)),
+            receipts,
             records: Records::new(store.clone(), retention(&config.edge), ledger.hold_lease()),
             ledger,
             queue,
@@ -297,6 +311,14 @@ impl Node {
 pub fn tiers(config: &Config) -> Result<Tiers, NodeError> {
     let named = config.tiers.iter().map(|(name, limits)| Ok((name.clone(), tier(limits)?)));
     Ok(Tiers { standard: tier(&config.limits)?, named: named.collect::<Result<_, NodeError>>()? })
+}
+
+fn guard_limits(edge: &config::Edge) -> GuardLimits {
+    GuardLimits {
+        failures_max: edge.auth_failures_max,
+        window: Duration::from_secs(edge.auth_failure_window_seconds),
+        block: Duration::from_secs(edge.auth_block_seconds),
+    }
 }
 
 fn tier(limits: &config::Limits) -> Result<Tier, NodeError> {

@@ -4,9 +4,11 @@
 //! hold, that a refusal costs nothing, and that a revoked key is refused by every edge within a second.
 //! Secrets are compared and stored only as SHA-256. Never speaks HTTP, never admits while the store is away.
 
+mod guard;
 pub(crate) mod key;
 mod key_cache;
 mod limits;
+mod standing;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -14,9 +16,11 @@ use std::{
     time::Duration,
 };
 
+pub use guard::{Address, Guard, GuardLimits};
 pub(crate) use key::limits_in;
 pub use key::{KeyRecord, KeyStatus, Scope, Scopes, SecretHash};
 pub use limits::{LIMIT_MAX, LimitKind, Limits, Party, Rate, Rates, Tier, Tiers};
+pub use standing::{LimitUse, Standing};
 
 use crate::{
     domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, Priority, RequestId, TenantId},

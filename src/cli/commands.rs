@@ -160,8 +160,8 @@ async fn execute(access: &Access, config: &Config, command: Command, output: Out
 
 /// A way to the store: the configured one, the one that a running node has, or one of our own for as long as
 /// the command takes.
-struct Access {
-    store: Store,
+pub(super) struct Access {
+    pub(super) store: Store,
     own: Option<(EmbeddedServer, DataDir)>,
 }
 
@@ -169,7 +169,7 @@ struct Access {
 const NODE_PATIENCE: Duration = Duration::from_secs(10);
 
 impl Access {
-    async fn open(config: &Config) -> Result<Self, CliError> {
+    pub(super) async fn open(config: &Config) -> Result<Self, CliError> {
         let limit = Duration::from_millis(config.store.command_ms_max);
         let connect = |url: String| async move { Store::connect(&url, limit).await.map_err(NodeError::from) };
         if !config.store.redis_url.is_empty() {
@@ -198,7 +198,7 @@ impl Access {
         }
     }
 
-    async fn close(self) {
+    pub(super) async fn close(self) {
         drop(self.store);
         if let Some((server, lock)) = self.own {
             let _ = tokio::task::spawn_blocking(move || server.stop()).await;

@@ -7,6 +7,8 @@
 mod bar;
 mod commands;
 mod models;
+mod receipt;
+mod reports;
 mod serve;
 mod table;
 
@@ -19,6 +21,7 @@ use serde_json::Value;
 use crate::{
     catalog::CatalogError,
     config::{Config, ConfigFaults, LogFormat, Overrides},
+    ledger::ReceiptError,
     node::NodeError,
     telemetry::log::{self, LogStyle},
 };
@@ -68,6 +71,11 @@ enum Command {
     /// The models folder: what is there, bringing more, how good the engine's version of one is
     #[command(subcommand)]
     Models(models::Models),
+    /// Signed statements of what requests have cost
+    #[command(subcommand)]
+    Receipt(receipt::Command),
+    #[command(flatten)]
+    Reports(reports::Command),
     #[command(flatten)]
     Operator(commands::Command),
 }
@@ -84,6 +92,8 @@ enum CliError {
     #[error("the ledger does not balance")]
     Imbalance,
     #[error(transparent)]
+    Receipt(#[from] ReceiptError),
+    #[error(transparent)]
     Catalog(#[from] CatalogError),
     #[error("the served model is too far from its file's weights: {0}")]
     Quality(String),
@@ -98,7 +108,7 @@ impl CliError {
             Self::Node(error) => error.exit_code(),
             Self::Catalog(error) if error.is_usage() => 2,
             Self::Catalog(CatalogError::Model { .. }) => 5,
-            Self::Catalog(_) | Self::Quality(_) | Self::Imbalance | Self::Print(_) => 1,
+            Self::Catalog(_) | Self::Quality(_) | Self::Imbalance | Self::Receipt(_) | Self::Print(_) => 1,
         }
     }
 }
@@ -121,7 +131,7 @@ pub fn main() -> ExitCode {
 fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
     let (role, listen) = match &command {
         Command::Serve { role, listen } => (role.clone(), listen.clone()),
-        Command::Models(_) | Command::Operator(_) => (None, None),
+        Command::Models(_) | Command::Receipt(_) | Command::Reports(_) | Command::Operator(_) => (None, None),
     };
     let env = |name: &str| std::env::var(name).ok();
     let file = common.config.clone().or_else(|| env("LIGHTCONE_CONFIG").filter(|f| !f.is_empty()).map(PathBuf::from));
@@ -139,6 +149,8 @@ fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
         // Works on files alone, and blocks.
         Command::Models(command) => models::run(&config, command, common.output),
         Command::Serve { .. } => on_runtime(serve::serve(config, common.output)),
+        Command::Receipt(command) => on_runtime(receipt::run(config, command, common.output)),
+        Command::Reports(command) => on_runtime(reports::run(config, command, common.output)),
         Command::Operator(command) => on_runtime(commands::run(config, command, common.output)),
     }
 }

@@ -11,17 +11,20 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
+    confirm::Confirmations,
     duties::unix_ms,
     flights::{Flights, Landing, Outcome},
 };
 use crate::{
     domain::{Claim, EventBody, FailureCode, FinishReason, FundsEnd, RequestId, TokenEvent, Usage},
     journal::{Ended, Journal},
-    ledger::{EndReason, Extended, Ledger, LedgerError, ReleaseReason, Settlement},
+    ledger::{EndReason, Extended, Ledger, LedgerError, ReleaseReason, Settled, Settlement},
     queue::{Outgoing, Outlet, Queue},
     telemetry::Metrics,
 };
 
+/// A store that was lost holds back what it had answered for about so long before.
+const GAP_MARGIN: Duration = Duration::from_secs(3);
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// A store that is away for longer has let every hold expire.
@@ -35,6 +38,7 @@ pub struct Cashier {
     outlet: Outlet,
     /// Absent where nothing is run.
     journal: Option<Arc<Journal>>,
+    confirmations: Option<Arc<Confirmations>>,
     metrics: Arc<Metrics>,
     /// Older than this, a lease is confirmed before money moves.
     lease_fresh: Duration,
@@ -52,7 +56,16 @@ impl Cashier {
         claim_lease: Duration,
     ) -> Self {
         let (tasks, give_up) = (TaskTracker::new(), CancellationToken::new());
-        Self { queue, ledger, outlet, journal, metrics, lease_fresh: claim_lease * 2 / 3, tasks, give_up }
+        let confirmations = journal
+            .as_ref()
+            .map(|journal| Arc::new(Confirmations::new(Arc::clone(journal), ledger.clone(), Arc::clone(&metrics))));
+        let lease_fresh = claim_lease * 2 / 3;
+        Self { queue, ledger, outlet, journal, confirmations, metrics, lease_fresh, tasks, give_up }
+    }
+
+    /// What the store may still lose of what it has settled.
+    pub fn confirmations(&self) -> Option<Arc<Confirmations>> {
+        self.confirmations.clone()
     }
 
     /// Has the hold of a request grow, and lets the engine know in the background: by `allow`, of how many tokens more
@@ -197,9 +210,11 @@ impl Cashier {
                 tracing::warn!(request = %job.request, "lost the claim before it was settled");
                 return None;
             }
-            match self.ledger.settle(settlement).await {
+            match self.post(settlement, flights).await {
                 Ok(settled) => {
-                    self.close_in_journal(claim);
+                    if let Some(confirmations) = &self.confirmations {
+                        confirmations.add(settlement.clone());
+                    }
                     if settled.late {
                         self.metrics.late_settlements.inc();
                     }
@@ -213,7 +228,7 @@ impl Cashier {
                     self.acknowledge(claim, usage.completion_tokens).await;
                     return Some(EventBody::Finished { reason, usage });
                 }
-                Err(LedgerError::HoldGone(_)) => {
+                Err(LedgerError::HoldGone(_) | LedgerError::Unknown(_)) => {
                     tracing::warn!(request = %job.request, "the hold was gone before it was settled; free of charge");
                     self.close_in_journal(claim);
                     self.acknowledge(claim, usage.completion_tokens).await;
@@ -233,6 +248,22 @@ impl Cashier {
                     return free("the request could not be settled and was not charged");
                 }
             }
+        }
+    }
+
+    /// A store that died since the request was begun may have lost its hold, or what that had grown by.
+    async fn post(&self, settlement: &Settlement, flights: &Flights) -> Result<Settled, LedgerError> {
+        let posted = self.ledger.settle(settlement).await;
+        let had_gap = || {
+            let age = flights.age(&settlement.request).unwrap_or_default();
+            self.ledger.store_connected_for() < age + GAP_MARGIN
+        };
+        match posted {
+            Err(LedgerError::Unknown(_) | LedgerError::ExceedsHold { .. }) if had_gap() => {
+                tracing::warn!(request = %settlement.request, "the store had lost a hold; the balance is charged");
+                self.ledger.settle_begun(settlement).await
+            }
+            posted => posted,
         }
     }
 

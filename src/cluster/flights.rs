@@ -38,6 +38,7 @@ struct Flight {
     cancelled: bool,
     /// Something of the prompt was told, which is paid for.
     has_told: bool,
+    begun: Instant,
     /// When its lease was last known to be good.
     renewed: Instant,
     state: State,
@@ -226,6 +227,11 @@ impl Flights {
         self.table.lock().contains_key(request)
     }
 
+    /// How long ago it was taken in.
+    pub fn age(&self, request: &RequestId) -> Option<Duration> {
+        self.table.lock().get(request).map(|flight| flight.begun.elapsed())
+    }
+
     /// How long ago the lease was known to be good.
     pub fn lease_age(&self, request: &RequestId) -> Option<Duration> {
         self.table.lock().get(request).map(|flight| flight.renewed.elapsed())
@@ -265,6 +271,7 @@ impl Flight {
             seq_next: 1,
             cancelled: false,
             has_told: false,
+            begun: Instant::now(),
             renewed: Instant::now(),
             state: State::Flying,
             ended: 0,

@@ -6,6 +6,7 @@
 //! steps are pumped straight to the [`Outlet`]. Never speaks HTTP and never prices anything.
 
 mod cashier;
+mod confirm;
 mod duties;
 mod flights;
 mod pool;
@@ -113,14 +114,12 @@ impl Cluster {
         let mut stations = Vec::new();
         let mut arguments = Vec::new();
         for spec in pools {
-            let PoolSpec { model, sequences_max, step_tokens, stall_max, policy, grammars, loader } = spec;
-            let (cashier, outlet) = (cashier.clone(), outlet.clone());
-            let node = node.clone();
             let journal = journal.clone().ok_or(ClusterError::NoJournal)?;
-            let station = Station::new(node, model, sequences_max, step_tokens, grammars, cashier, journal, outlet);
+            let station = Station::new(node.clone(), &spec, cashier.clone(), journal, outlet.clone());
             let station = Arc::new(station);
             stations.push(Arc::clone(&station));
             let metrics = Arc::clone(&metrics);
+            let PoolSpec { stall_max, policy, loader, .. } = spec;
             arguments.push(PoolArguments { station, loader, policy, stall_max, metrics, generation: 0 });
         }
         let (root, _) = Actor::spawn(None, Root, arguments).await?;
@@ -146,7 +145,12 @@ impl Cluster {
             duties::sweep(models, queue.clone(), ledger.clone(), by.clone(), metrics, sweep)
         };
         tasks.spawn(duties::forever("sweep", working.clone(), sweep));
-        if journal.is_some() {
+        if let Some(confirmations) = cashier.confirmations() {
+            let confirm = move || {
+                let confirmations = Arc::clone(&confirmations);
+                async move { confirmations.go_on().await }
+            };
+            tasks.spawn(duties::forever("confirm", working.clone(), confirm));
             let recover = move || recovery::go_on(recovering.clone(), journals.clone());
             tasks.spawn(duties::forever("recover", working.clone(), recover));
         }

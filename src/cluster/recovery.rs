@@ -93,7 +93,12 @@ async fn settle_all(
         let completion_tokens = match settlement_of(&unsettled) {
             Some(settlement) => {
                 let tokens = settlement.usage.completion_tokens;
-                match ledger.settle(&settlement).await {
+                let mut posted = ledger.settle(&settlement).await;
+                if let Err(LedgerError::Unknown(_) | LedgerError::ExceedsHold { .. }) = posted {
+                    // The store may have died as well, and lost the hold or what that had grown by.
+                    posted = ledger.settle_begun(&settlement).await;
+                }
+                match posted {
                     Ok(settled) => {
                         recovered.charged += usize::from(!settled.repeated);
                         metrics.late_settlements.inc_by(u64::from(settled.late));

@@ -10,6 +10,7 @@ use ractor::ActorRef;
 use tokio::sync::watch;
 
 use super::{
+    PoolSpec,
     cashier::Cashier,
     flights::{Flights, Outcome},
     worker::WorkerMessage,
@@ -63,24 +64,15 @@ struct Bench {
 }
 
 impl Station {
-    pub fn new(
-        node: NodeId,
-        model: ModelId,
-        sequences_max: usize,
-        step_tokens: u32,
-        grammars: Arc<Grammars>,
-        cashier: Cashier,
-        journal: Arc<Journal>,
-        outlet: Outlet,
-    ) -> Self {
+    pub fn new(node: NodeId, spec: &PoolSpec, cashier: Cashier, journal: Arc<Journal>, outlet: Outlet) -> Self {
         let status = watch::Sender::new(PoolStatus::Loading);
         let flights = Arc::default();
         Self {
             node,
-            model,
-            sequences_max,
-            step_tokens,
-            grammars,
+            model: spec.model.clone(),
+            sequences_max: spec.sequences_max,
+            step_tokens: spec.step_tokens,
+            grammars: Arc::clone(&spec.grammars),
             flights,
             cashier,
             journal,

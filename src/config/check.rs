@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use toml_edit::Value;
 
-use super::{cpus, nano_per_token};
+use super::{cpus, nano_per_token, network};
 use crate::domain::NanoUsd;
 
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +18,8 @@ pub enum Rule {
     SomeOf(&'static [&'static str]),
     /// `*`, or web sites such as https://example.com; may be empty.
     Origins,
+    /// Addresses and networks such as 10.0.0.0/8; may be empty.
+    Networks,
     Integer(i64, i64),
     Flag,
     /// ip:port
@@ -38,11 +40,12 @@ pub enum Rule {
 }
 
 use Rule::{
-    Address, CpuSet, Endpoint, Flag, Integer, LogFilter, OneOf, Origins, RedisUrl, Secret, SomeOf, Text, Usd, UsdLimit,
-    UsdPerMillion, UsdPerMillionOrEmpty, Word,
+    Address, CpuSet, Endpoint, Flag, Integer, LogFilter, Networks, OneOf, Origins, RedisUrl, Secret, SomeOf, Text, Usd,
+    UsdLimit, UsdPerMillion, UsdPerMillionOrEmpty, Word,
 };
 
 const HOUR_MS: i64 = 3_600_000;
+const DAY_SECONDS: i64 = 24 * 3600;
 const MANY: i64 = 1 << 20;
 /// Nano-dollars that the store compares exactly.
 const SPEND_MAX: i64 = 9_000_000_000_000_000;
@@ -85,6 +88,10 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("prompt_queue_max", Integer(1, MANY)),
             ("messages_max", Integer(1, MANY)),
             ("cors_origins", Origins),
+            ("trusted_proxies", Networks),
+            ("auth_failures_max", Integer(0, 10_000)),
+            ("auth_failure_window_seconds", Integer(1, DAY_SECONDS)),
+            ("auth_block_seconds", Integer(1, DAY_SECONDS)),
             ("choices_max", Integer(1, 128)),
             ("record_hours", Integer(1, 24 * 3650)),
             ("idempotency_hours", Integer(1, 24 * 365)),
@@ -117,6 +124,7 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("sweep_ms", Integer(100, HOUR_MS)),
             ("step_tokens", Integer(0, 1 << 24)),
             ("bootstrap_balance_usd", Usd),
+            ("receipt_key_file", Text),
         ],
     ),
     ("limits", LIMITS),
@@ -188,6 +196,14 @@ impl Rule {
                 let list = value.as_array().ok_or_else(|| wrong_type("a list", value))?;
                 list.iter().try_for_each(origin)
             }
+            Networks => {
+                let list = value.as_array().ok_or_else(|| wrong_type("a list", value))?;
+                list.iter().try_for_each(|item| {
+                    let text = item.as_str().ok_or_else(|| wrong_type("text in quotes", item))?;
+                    let known = network(text).map(drop);
+                    known.ok_or_else(|| format!("`{text}` is not an address or a network such as 10.0.0.0/8"))
+                })
+            }
             _ => self.check_text(value.as_str().ok_or_else(|| wrong_type("text in quotes", value))?),
         }
     }
@@ -233,7 +249,7 @@ impl Rule {
             },
             UsdPerMillionOrEmpty if text.is_empty() => Ok(()),
             UsdPerMillion | UsdPerMillionOrEmpty => nano_per_token(text).map(drop).map_err(|error| error.to_string()),
-            SomeOf(_) | Origins | Integer(..) | Flag => unreachable!("not text"),
+            SomeOf(_) | Origins | Networks | Integer(..) | Flag => unreachable!("not text"),
         }
     }
 
@@ -242,7 +258,9 @@ impl Rule {
         match self {
             Integer(..) => text.parse::<i64>().map_or_else(|_| text.into(), Value::from),
             Flag => text.parse::<bool>().map_or_else(|_| text.into(), Value::from),
-            SomeOf(_) | Origins => Value::Array(text.split(',').map(|word| Value::from(word.trim())).collect()),
+            SomeOf(_) | Origins | Networks => {
+                Value::Array(text.split(',').map(|word| Value::from(word.trim())).collect())
+            }
             _ => text.into(),
         }
     }

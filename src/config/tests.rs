@@ -67,6 +67,14 @@ fn every_fault_is_named_with_its_line() {
         ("[store]\nredis_url = \"http://x\"", &["file:2: store.redis_url: is not of the form redis://"]),
         ("[store]\nredis_url = \"rediss://x\"", &["file:2: store.redis_url: this build speaks no TLS"]),
         ("[engine]\nproviders = [\"cpu\", \"gpu\"]", &["file:2: engine.providers: `gpu` is not one of cpu, cuda"]),
+        (
+            "[edge]\ntrusted_proxies = [\"10.0.0.0/8\", \"::1\", \"10.0.0.0/33\"]",
+            &["file:2: edge.trusted_proxies: `10.0.0.0/33` is not an address or a network such as 10.0.0.0/8"],
+        ),
+        (
+            "[edge]\ntrusted_proxies = [7]",
+            &["file:2: edge.trusted_proxies: must be text in quotes, not a whole number"],
+        ),
         ("[engine]\ncpu_set = \"0-3,x\"", &["file:2: engine.cpu_set: `0-3,x` is not a set of CPUs such as 0-3,8"]),
         ("[engine]\ncpu_set = \"3-1\"", &["file:2: engine.cpu_set: `3-1` is not a set of CPUs"]),
         ("[engine]\ncpu_set = \"0-1024\"", &["file:2: engine.cpu_set: `0-1024` is not a set of CPUs"]),
@@ -176,6 +184,16 @@ fn sets_of_cpus_are_numbers_and_ranges() {
     let cpus = |text: &str| load(&format!("[engine]\ncpu_set = {text:?}")).unwrap().engine.cpus();
     assert_eq!(cpus("0-2,8, 10").into_iter().collect::<Vec<_>>(), [0, 1, 2, 8, 10]);
     assert!(cpus("").is_empty());
+}
+
+#[test]
+fn trusted_proxies_are_addresses_and_networks() {
+    let edge = load("[edge]\ntrusted_proxies = [\"127.0.0.1\", \"10.1.0.0/16\", \"fd00::/8\"]").unwrap().edge;
+    let trusted = edge.trusted_networks();
+    let is_trusted =
+        |ip: &str| trusted.iter().any(|network| network.contains(&ip.parse::<std::net::IpAddr>().unwrap()));
+    assert!(["127.0.0.1", "10.1.2.3", "fd00::7"].into_iter().all(is_trusted));
+    assert!(!["127.0.0.2", "10.2.0.1", "::1"].into_iter().any(is_trusted));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! Pure data and arithmetic. Never does I/O, never reads a clock, never logs.
 
+mod calendar;
 mod event;
 mod ids;
 mod job;
@@ -9,6 +10,7 @@ mod money;
 mod price;
 mod usage;
 
+pub use calendar::{Day, Month, NoMonth, utc_text};
 pub use event::{EventBody, FailureCode, FinishReason, FundsEnd, StoppedBy, TokenDetail, TokenEvent};
 pub use ids::{KeyId, ModelId, NodeId, RequestId, TenantId};
 pub use job::{Claim, GrammarSource, Job, Priority, ReplyTo, SamplingParams, Stops, Telling};

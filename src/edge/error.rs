@@ -3,6 +3,8 @@
 //! A client sees the external message; the cause goes to the log. Never says more about the inside than
 //! whether the client or we are at fault.
 
+use std::time::Duration;
+
 use actix_web::{
     HttpResponse, HttpResponseBuilder, ResponseError,
     body::BoxBody,
@@ -72,6 +74,7 @@ const RETRY_STORE_MS: u64 = 1_000;
 const RETRY_WORKER_MS: u64 = 1_000;
 const RETRY_DRAIN_MS: u64 = 2_000;
 const RETRY_PROMPT_MS: u64 = 250;
+const RETRY_STATEMENT_MS: u64 = 1_000;
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> Self {
@@ -234,6 +237,18 @@ impl ApiError {
         error
     }
 
+    /// Too many wrong keys came from where this request came from. Its own was not looked at.
+    pub fn address_blocked(left: Duration) -> Self {
+        let ms = u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1);
+        let why = format!(
+            "Too many failed authentications from your address. Please try again in {}.",
+            super::rates::duration(ms)
+        );
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "address_blocked", why);
+        error.0.close = true;
+        error.retry_after(ms)
+    }
+
     pub fn queue_full(retry_after_ms: u64) -> Self {
         let why = "Too many requests wait for this model. Try again shortly.";
         let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", why)
@@ -258,6 +273,14 @@ impl ApiError {
         error
     }
 
+    pub fn too_many_statements() -> Self {
+        let why = "Too many statements are being made. Try again shortly.";
+        let mut error = Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "overloaded", why)
+            .retry_after(RETRY_STATEMENT_MS);
+        error.0.reason = "statements_full";
+        error
+    }
+
     /// The same idempotency key with another question.
     pub fn key_reused() -> Self {
         let why = "This Idempotency-Key was used for another request. Use a new key for every request.";
@@ -279,6 +302,20 @@ impl ApiError {
         let why = format!("No {what} found with id '{}'.", shorten(id));
         let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "not_found", why);
         error.0.param = Some("id".into());
+        error
+    }
+
+    /// What is asked for is not in the store any more.
+    pub fn archived(param: &str, what: impl std::fmt::Display) -> Self {
+        let why = format!("{what} lies in the archive. Ask whoever runs the service for it.");
+        let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "archived", why);
+        error.0.param = Some(param.into());
+        error
+    }
+
+    pub fn no_statement(why: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::NOT_FOUND, INVALID_REQUEST, "not_found", why);
+        error.0.param = Some("month".into());
         error
     }
 

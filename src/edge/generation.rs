@@ -122,7 +122,7 @@ pub async fn open(
     }
 }
 
-fn refused(error: AdmitError) -> ApiError {
+pub(super) fn refused(error: AdmitError) -> ApiError {
     match error {
         AdmitError::InsufficientBalance { .. } => ApiError::insufficient_balance(),
         AdmitError::Limited { kind, of, limit, wait_ms, rates } => ApiError::limited(kind, of, limit, wait_ms, rates),

@@ -6,6 +6,8 @@
 //! client's going away gives the request up at once. Never touches an engine, never settles: what was used
 //! is known where it was computed.
 
+mod account;
+mod address;
 mod answer;
 mod auth;
 mod body;

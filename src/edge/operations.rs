@@ -9,6 +9,7 @@ use actix_web::{
 };
 
 use super::{
+    account::{balance, generations, limits, organization, statements},
     cancel,
     dialect::{chat::Chat, completions::Completions, responses::Responses},
     endpoint,
@@ -30,6 +31,10 @@ pub struct Operation {
     pub answer: Answer,
     /// The schema of the data of its events, where the answer may be a stream.
     pub events: Option<&'static str>,
+    /// Media types of a 200 that may be asked for instead.
+    pub also: &'static [&'static str],
+    /// What its query may have, by their names among the components.
+    pub parameters: &'static [&'static str],
     /// Statuses other than 200.
     pub refusals: &'static [u16],
 }
@@ -57,10 +62,12 @@ use Method::{Delete, Get, Head, Post};
 
 const GENERATES: &[u16] = &[400, 401, 402, 403, 404, 408, 413, 415, 422, 429, 500, 503];
 const COUNTS: &[u16] = &[400, 401, 403, 404, 408, 413, 415, 429, 500, 503];
-const FINDS: &[u16] = &[401, 403, 404, 500, 503];
-const LISTS: &[u16] = &[400, 401, 403, 500, 503];
-const SHOWS: &[u16] = &[401, 500, 503];
-const SHOWS_ONE: &[u16] = &[401, 404, 500, 503];
+const FINDS: &[u16] = &[401, 403, 404, 429, 500, 503];
+const LISTS: &[u16] = &[400, 401, 403, 429, 500, 503];
+const READS: &[u16] = &[401, 403, 429, 500, 503];
+const READS_ONE: &[u16] = &[400, 401, 403, 404, 429, 500, 503];
+const SHOWS: &[u16] = &[401, 429, 500, 503];
+const SHOWS_ONE: &[u16] = &[401, 404, 429, 500, 503];
 
 pub const OPERATIONS: &[Operation] = &[
     Operation::new(Post, "/v1/chat/completions", "createChatCompletion", "Answer a conversation", |route| {
@@ -155,6 +162,66 @@ pub const OPERATIONS: &[Operation] = &[
     Operation::new(Get, "/v1/models/{id:.+}", "getModel", "One model", |route| route.to(models::one))
         .answer(Json("Model"))
         .refusals(SHOWS_ONE),
+    Operation::new(Get, "/v1/balance", "getBalance", "The tenant's money", |route| route.to(balance::get))
+        .answer(Json("Balance"))
+        .refusals(READS),
+    Operation::new(Get, "/v1/usage", "getUsage", "Limits with what is left of them, and what was used", |route| {
+        route.to(limits::get)
+    })
+    .answer(Json("Usage"))
+    .refusals(READS),
+    Operation::new(Get, "/v1/generations/{id}", "getGeneration", "One request, and what it cost", |route| {
+        route.to(generations::get)
+    })
+    .answer(Json("Generation"))
+    .refusals(FINDS),
+    Operation::new(Get, "/v1/generations/{id}/receipt", "getReceipt", "The same, signed", |route| {
+        route.to(generations::receipt)
+    })
+    .answer(Json("Receipt"))
+    .refusals(FINDS),
+    Operation::new(Get, "/v1/receipt-key", "getReceiptKey", "The key with which receipts are checked", |route| {
+        route.to(generations::receipt_key)
+    })
+    .answer(Json("ReceiptKey"))
+    .refusals(SHOWS),
+    Operation::new(Get, "/v1/statements/{month}", "getStatement", "A month of the tenant's ledger", |route| {
+        route.to(statements::get)
+    })
+    .answer(Json("Statement"))
+    .also(&["text/csv", "text/html"])
+    .parameters(&["format"])
+    .refusals(READS_ONE),
+    Operation::new(
+        Get,
+        "/v1/organization/usage/completions",
+        "getCompletionsUsage",
+        "What all tenants have used, for the operator",
+        |route| route.to(organization::completions),
+    )
+    .answer(Json("CompletionsUsage"))
+    .parameters(organization::PARAMETERS)
+    .refusals(LISTS),
+    Operation::new(
+        Get,
+        "/v1/organization/costs",
+        "getCosts",
+        "What all tenants were charged, for the operator",
+        |route| route.to(organization::costs),
+    )
+    .answer(Json("Costs"))
+    .parameters(&[
+        "start_time",
+        "end_time",
+        "bucket_width",
+        "cost_group_by",
+        "project_ids",
+        "api_key_ids",
+        "models",
+        "cost_limit",
+        "page",
+    ])
+    .refusals(LISTS),
     Operation::new(Get, "/healthz", "healthz", "Whether the process answers", |route| route.to(status::healthz))
         .answer(Json("Health")),
     Operation::new(Head, "/healthz", "healthzHead", "The same without a body", |route| route.to(status::healthz)),
@@ -184,7 +251,19 @@ impl Operation {
         summary: &'static str,
         handler: fn(Route) -> Route,
     ) -> Self {
-        Self { path, method, id, summary, handler, body: None, answer: Nothing, events: None, refusals: &[] }
+        Self {
+            path,
+            method,
+            id,
+            summary,
+            handler,
+            body: None,
+            answer: Nothing,
+            events: None,
+            also: &[],
+            parameters: &[],
+            refusals: &[],
+        }
     }
 
     const fn body(self, name: &'static str) -> Self {
@@ -197,6 +276,14 @@ impl Operation {
 
     const fn events(self, name: &'static str) -> Self {
         Self { events: Some(name), ..self }
+    }
+
+    const fn also(self, kinds: &'static [&'static str]) -> Self {
+        Self { also: kinds, ..self }
+    }
+
+    const fn parameters(self, names: &'static [&'static str]) -> Self {
+        Self { parameters: names, ..self }
     }
 
     const fn refusals(self, refusals: &'static [u16]) -> Self {

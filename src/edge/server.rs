@@ -21,7 +21,7 @@ use tokio::{sync::oneshot, time::timeout};
 use uuid::Uuid;
 
 use super::{
-    cancel,
+    auth, cancel,
     error::ApiError,
     openapi::Document,
     operations, rates,
@@ -85,6 +85,7 @@ pub fn spawn(spec: EdgeSpec, listener: TcpListener) -> Result<EdgeHandle, EdgeEr
                     tokio::select! {
                         () = renewing.renew_holds() => {}
                         () = cancel::obey(Arc::clone(&renewing)) => {}
+                        () = auth::learn_blocks(&renewing) => {}
                         _ = stopped => {}
                     }
                 });

@@ -10,16 +10,17 @@ use std::{
 };
 
 use futures::future::BoxFuture;
+use ipnet::IpNet;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use super::recording::Recordings;
+use super::{account::statements, recording::Recordings};
 use crate::{
-    admission::Admission,
+    admission::{Admission, Guard},
     config,
     domain::{ModelId, RequestId, TenantId},
-    ledger::{Ledger, Prices, ReleaseReason},
+    ledger::{Ledger, Prices, Receipts, ReleaseReason},
     model::Vocabulary,
     prompt::{PromptModel, PromptPool},
     queue::{Queue, ReplyHub},
@@ -90,6 +91,8 @@ pub struct EdgeSpec {
     /// How long a request may wait for a worker.
     pub wait_max: Duration,
     pub admission: Admission,
+    pub guard: Guard,
+    pub receipts: Receipts,
     pub ledger: Ledger,
     pub queue: Queue,
     pub records: Records,
@@ -108,6 +111,9 @@ pub(super) struct EdgeState {
     pub prices: Prices,
     pub wait_max: Duration,
     pub admission: Admission,
+    pub guard: Guard,
+    pub receipts: Receipts,
+    pub trusted_proxies: Vec<IpNet>,
     pub ledger: Ledger,
     pub queue: Queue,
     pub records: Records,
@@ -118,6 +124,8 @@ pub(super) struct EdgeState {
     pub runtime: tokio::runtime::Handle,
     /// Work that outlives its request: admissions under way, and giving up what nobody reads.
     pub tasks: TaskTracker,
+    /// Statements that may be in the making besides those that are.
+    pub statements: Semaphore,
     draining: AtomicBool,
     open: Mutex<HashMap<RequestId, Open>>,
     closed_one: Notify,
@@ -127,6 +135,7 @@ impl EdgeState {
     /// Must be called inside an actix system, where the prompt pool starts.
     pub(super) fn start(spec: EdgeSpec) -> Self {
         let EdgeSpec { settings, models, prompts, prices, wait_max, .. } = spec;
+        let trusted_proxies = settings.trusted_networks();
         let known = prompts.iter().map(|(model, prompt)| (model.clone(), Known::of(prompt))).collect();
         let pool = PromptPool::start(Arc::new(prompts), settings.prompt_threads, settings.prompt_queue_max);
         Self {
@@ -137,6 +146,9 @@ impl EdgeState {
             prices,
             wait_max,
             admission: spec.admission,
+            guard: spec.guard,
+            receipts: spec.receipts,
+            trusted_proxies,
             ledger: spec.ledger,
             queue: spec.queue,
             records: spec.records,
@@ -146,6 +158,7 @@ impl EdgeState {
             readiness: spec.readiness,
             runtime: spec.runtime,
             tasks: TaskTracker::new(),
+            statements: Semaphore::new(statements::AT_ONCE),
             draining: AtomicBool::new(false),
             open: Mutex::default(),
             closed_one: Notify::new(),

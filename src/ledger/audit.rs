@@ -70,7 +70,7 @@ pub struct Terms {
 }
 
 impl Terms {
-    fn of(entry: &Entry) -> Self {
+    pub(super) fn of(entry: &Entry) -> Self {
         let Entry { key, model, price, price_version, .. } = entry.clone();
         Self { key, model, price, price_version }
     }
@@ -203,7 +203,7 @@ impl Audit {
         if takes_from_balance(entry) && self.books.balance + self.books.credit < least {
             self.fault(format!("the balance is below what may be spent after entry {seq}"));
         }
-        self.before_write_off = is_write_off(entry).then_some(before);
+        self.before_write_off = entry.is_write_off().then_some(before);
     }
 
     fn book(&mut self, entry: &Entry) {
@@ -216,7 +216,8 @@ impl Audit {
                 self.books.balance += amount;
             }
             EntryKind::Adjust => {
-                if !is_write_off(entry) {
+                // By nobody, with the charge that follows.
+                if !entry.is_write_off() {
                     self.name_once(format!("adjust {}", entry.reference), format!("{amount} {note}"), entry);
                 }
                 self.books.adjusted += amount;
@@ -288,6 +289,12 @@ impl Audit {
             self.books.balance -= amount;
             self.ends.insert(entry.request.clone(), End { remembered, expired: None, charged: amount });
             return;
+        }
+        // The store had lost its hold.
+        let is_unheld = entry.reference == "unheld" && entry.hold == NanoUsd::ZERO;
+        if is_unheld && !self.books.open.contains_key(&entry.request) {
+            self.books.balance -= amount;
+            return self.end_once(entry, remembered, None, amount);
         }
         match self.close(entry) {
             Some(hold) => {
@@ -411,11 +418,6 @@ fn takes_from_balance(entry: &Entry) -> bool {
 /// The charge of a request whose hold had expired.
 fn is_late(entry: &Entry) -> bool {
     entry.kind == EntryKind::Post && entry.hold == NanoUsd::ZERO && entry.amount > NanoUsd::ZERO
-}
-
-/// What could not be collected is written off with the charge that follows, by nobody.
-fn is_write_off(entry: &Entry) -> bool {
-    entry.kind == EntryKind::Adjust && entry.reference.is_empty() && entry.note == "written_off"
 }
 
 fn sha1_hex(text: &str) -> String {

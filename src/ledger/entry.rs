@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
 
 use crate::{
-    domain::{KeyId, ModelId, NanoUsd, Price, TenantId, Usage},
+    domain::{KeyId, ModelId, MoneyError, NanoUsd, Price, TenantId, Usage},
     store::StoreError,
 };
 
@@ -171,6 +171,19 @@ impl Entry {
         };
         movements.retain(|movement| movement.amount != NanoUsd::ZERO);
         movements
+    }
+
+    /// What could not be collected of a request's charge: an adjustment that nobody made.
+    pub fn is_write_off(&self) -> bool {
+        self.kind == EntryKind::Adjust && self.reference.is_empty() && self.note == "written_off"
+    }
+
+    /// By how much it moved one of the accounts.
+    pub fn moved(&self, account: Account) -> Result<NanoUsd, MoneyError> {
+        self.movements().iter().try_fold(NanoUsd::ZERO, |sum, Movement { from, to, amount }| {
+            let sum = if *to == account { sum.checked_add(*amount)? } else { sum };
+            if *from == account { sum.checked_sub(*amount) } else { Ok(sum) }
+        })
     }
 
     /// As the store has them.

@@ -10,7 +10,12 @@ mod audit;
 mod clock;
 mod entry;
 mod funds;
+mod generation;
 mod prices;
+mod receipt;
+mod receipt_key;
+mod statement;
+mod usage;
 mod verify;
 
 use std::{sync::Arc, time::Duration};
@@ -18,10 +23,15 @@ use std::{sync::Arc, time::Duration};
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
-pub use audit::Books;
+pub use audit::{Books, Terms};
 pub use entry::{Account, Entry, EntryKind, Movement, NO_LINK};
 pub use funds::{Moved, Refund};
+pub use generation::{Generation, GenerationState};
 pub use prices::{Prices, PricesError};
+pub use receipt::{RECEIPT_VERSION, Receipt, ReceiptError, ReceiptSignature, ReceiptStatement};
+pub use receipt_key::{RECEIPT_KEY_FILE, ReceiptKey, ReceiptKeyError, Receipts};
+pub use statement::{Charge, Line, Position, Statement, StatementDraft, StatementError, StatementTotals};
+pub use usage::{UsageBucket, UsageError, UsageRange, UsageRow, UsageSums, UsageWidth, UsageWish};
 pub use verify::Report;
 
 use crate::{
@@ -40,9 +50,12 @@ const TENANTS_PER_ROUND: usize = 512;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
-    /// There is nothing to charge the request to: it was released, or is none of this store's.
+    /// There is nothing to charge the request to: it was released.
     #[error("the hold of {0} is gone; the request is free of charge")]
     HoldGone(RequestId),
+    /// The store has no trace of the request.
+    #[error("nothing is known of {0}")]
+    Unknown(RequestId),
     #[error("{request} would cost {amount}, more than the {held} on hold for it")]
     ExceedsHold { request: RequestId, amount: NanoUsd, held: NanoUsd },
     #[error("{0} was admitted for another key, model or price than it is settled with")]
@@ -57,6 +70,8 @@ pub enum LedgerError {
     OtherReference(String),
     #[error("{0} was not charged, or so long ago that it is archived; use an adjustment")]
     NotCharged(RequestId),
+    #[error("the entries of {0} are archived")]
+    Archived(RequestId),
     #[error("of {request} only {left} is left to be given back")]
     ExceedsCharge { request: RequestId, left: NanoUsd },
     #[error(
@@ -222,6 +237,11 @@ impl Ledger {
         Self { store, hold_lease, clock: Arc::default() }
     }
 
+    /// See [`Store::connected_for`].
+    pub(crate) fn store_connected_for(&self) -> Duration {
+        self.store.connected_for()
+    }
+
     pub fn hold_lease(&self) -> Duration {
         self.hold_lease
     }
@@ -250,6 +270,16 @@ impl Ledger {
     /// is settled once, ever. One whose hold has expired is charged to the balance; what that cannot pay is
     /// written off.
     pub async fn settle(&self, settlement: &Settlement) -> Result<Settled, LedgerError> {
+        self.post(settlement, "").await
+    }
+
+    /// The same for whoever took the request out of the queue and began it: also where the store has no trace of it,
+    /// because it died and lost its last second.
+    pub async fn settle_begun(&self, settlement: &Settlement) -> Result<Settled, LedgerError> {
+        self.post(settlement, "1").await
+    }
+
+    async fn post(&self, settlement: &Settlement, begun: &str) -> Result<Settled, LedgerError> {
         let Settlement { request, tenant, key, model, usage, price, price_version, reason, digest } = settlement;
         let amount = price.cost(usage)?;
         let numbers = [
@@ -278,6 +308,7 @@ impl Ledger {
             price_version,
             reason.as_str(),
             &digest,
+            begun,
         ];
         fault::point("ledger.settle.asked");
         let mut reply = self.call(Function::Settle, tenant, &arguments).await?;
@@ -296,7 +327,7 @@ impl Ledger {
                     None => Err(LedgerError::HoldGone(request.clone())),
                 }
             }
-            "absent" => Err(LedgerError::HoldGone(request.clone())),
+            "absent" => Err(LedgerError::Unknown(request.clone())),
             "exceeds_hold" => {
                 let held = entry::nano(&reply.next::<String>("hold")?, "hold")?;
                 Err(LedgerError::ExceedsHold { request: request.clone(), amount, held })
@@ -388,6 +419,11 @@ impl Ledger {
             released += self.sweep_tenant(tenant, "1").await?;
         }
         Ok(released)
+    }
+
+    /// What time it is by the clock that dates every entry.
+    pub async fn now_unix_ms(&self) -> Result<u64, LedgerError> {
+        Ok(self.store.now_unix_ms().await?)
     }
 
     pub async fn balance(&self, tenant: &TenantId) -> Result<Balance, LedgerError> {

@@ -80,8 +80,13 @@ impl Store {
     /// A random secret that all users of this store share: made by the first who asks.
     pub async fn shared_secret(&self) -> Result<String, StoreError> {
         let fresh = format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
-        self.query::<redis::Value>(redis::cmd("SET").arg(keys::RELAY_SECRET).arg(fresh).arg("NX")).await?;
-        self.query(redis::cmd("GET").arg(keys::RELAY_SECRET)).await
+        self.made_once(keys::RELAY_SECRET, fresh).await
+    }
+
+    /// What the first who asked for it has made.
+    pub(crate) async fn made_once(&self, key: &str, fresh: String) -> Result<String, StoreError> {
+        self.query::<redis::Value>(redis::cmd("SET").arg(key).arg(fresh).arg("NX")).await?;
+        self.query(redis::cmd("GET").arg(key)).await
     }
 
     /// Notices that `channel` was published to, on a connection of its own that reconnects for ever.

@@ -22,6 +22,9 @@ pub(crate) enum Function {
     Sweep,
     Standing,
     Snapshot,
+    AuthFail,
+    BlockAdd,
+    BlockList,
     OnceBegin,
     OnceRenew,
     OnceAnswer,
@@ -53,6 +56,9 @@ impl Function {
             Self::Sweep => "sweep",
             Self::Standing => "standing",
             Self::Snapshot => "snapshot",
+            Self::AuthFail => "auth_fail",
+            Self::BlockAdd => "block_add",
+            Self::BlockList => "block_list",
             Self::OnceBegin => "once_begin",
             Self::OnceRenew => "once_renew",
             Self::OnceAnswer => "once_answer",
@@ -68,7 +74,7 @@ impl Function {
     }
 
     pub(super) fn only_reads(self) -> bool {
-        matches!(self, Self::Standing | Self::Snapshot)
+        matches!(self, Self::Standing | Self::Snapshot | Self::BlockList)
     }
 }
 
@@ -94,7 +100,8 @@ pub(super) fn library() -> &'static Library {
             include_str!("functions/ledger.lua"),
             include_str!("functions/holds.lua"),
             include_str!("functions/queue.lua"),
-            include_str!("functions/records.lua")
+            include_str!("functions/records.lua"),
+            include_str!("functions/guard.lua")
         );
         let version = hex::encode(Sha256::digest(body.as_bytes()))[..12].to_owned();
         let channel = keys::OUTBOX_CHANNEL;

@@ -17,6 +17,9 @@ pub(crate) const PRICES: &str = "lc:prices";
 /// Secret by which the nodes of one store know each other, where none is configured.
 pub const RELAY_SECRET: &str = "lc:relay-secret";
 
+/// Secret half of the key that signs receipts, where none is configured.
+pub const RECEIPT_KEY: &str = "lc:receipt-key";
+
 /// Told whenever a tenant's outbox has one message more; says whose account it is.
 pub(crate) const OUTBOX_CHANNEL: &str = "lc:outbox";
 
@@ -113,6 +116,16 @@ pub(crate) fn ledger(tenant: &TenantId) -> [String; 8] {
         rates(tenant),
         open(tenant),
     ]
+}
+
+/// Of an address that failed to authenticate: the times of its failures, and what is there while it is blocked.
+pub(crate) fn failures(address: &str) -> [String; 2] {
+    [format!("lc:{{a:{address}}}:failures"), format!("lc:{{a:{address}}}:blocked")]
+}
+
+/// All addresses that are blocked, and the revision of that list.
+pub(crate) fn blocks() -> [String; 2] {
+    ["lc:{blocked}".to_owned(), "lc:{blocked}:revision".to_owned()]
 }
 
 /// The keys of a model's queue in the order in which `functions/queue.lua` takes them.

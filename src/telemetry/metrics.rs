@@ -48,6 +48,10 @@ pub struct Metrics {
     pub accepted_draft_tokens: IntCounterVec,
     /// Restarts of worker actors by their supervisor, by `model`.
     pub worker_restarts: IntCounterVec,
+    /// Keys that were wrong.
+    pub auth_failures: IntCounter,
+    /// Addresses that this edge answers 429 because of them.
+    pub addresses_blocked: IntGauge,
     /// Refusals at admission by `reason`.
     pub refusals: IntCounterVec,
     /// Holds released because nobody renewed them.
@@ -136,6 +140,11 @@ impl Metrics {
                 model,
             ),
             worker_restarts: counter("lightcone_worker_restarts_total", "Restarts of worker actors", model),
+            auth_failures: plain_counter("lightcone_auth_failures_total", "Failed authentications"),
+            addresses_blocked: plain_gauge(
+                "lightcone_addresses_blocked",
+                "Addresses that are blocked for their failed authentications",
+            ),
             refusals: counter("lightcone_refusals_total", "Refused requests by reason", &["reason"]),
             expired_holds: plain_counter("lightcone_expired_holds_total", "Holds released because nobody renewed them"),
             late_settlements: plain_counter(

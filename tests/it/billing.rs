@@ -281,3 +281,32 @@ async fn a_plain_answer_that_money_cut_short_says_so_in_a_header_and_in_its_choi
     assert!(answer["choices"].as_array().unwrap().iter().any(|choice| choice["stop_reason"] == "balance_exhausted"));
     shop.home.assert_settled(&[]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_receipt_of_a_real_request_is_good_offline_and_names_the_digest_of_its_tokens() {
+    use sha2::{Digest, Sha256};
+    let shop = Shop::open();
+    let mut body = ask("well", 20);
+    body["return_token_ids"] = json!(true);
+    let answer = shop.whole(&body).await;
+    let id = answer["id"].as_str().expect("an id");
+    let url = format!("{}/v1/generations/{id}/receipt", shop.node.url);
+    let answered = shop.http.get(url).bearer_auth(&shop.key).send().await.expect("an answer");
+    assert_eq!(answered.status(), StatusCode::OK);
+    let text = answered.text().await.expect("a body");
+    let receipt: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(receipt["amount_nano_usd"], json!(cost(&answer["usage"])));
+    let mut ids = Sha256::new();
+    for token in answer["choices"][0]["token_ids"].as_array().expect("token ids") {
+        ids.update(u32::try_from(token.as_u64().expect("a number")).expect("an id").to_le_bytes());
+    }
+    assert_eq!(receipt["token_digest"], hex(&Sha256::digest(ids.finalize())));
+    let file = shop.home.data_dir().join("receipt.json");
+    std::fs::write(&file, &text).expect("a file");
+    let verified = shop.home.run(&["receipt", "verify", file.to_str().expect("UTF-8")]);
+    assert_eq!(verified["valid"], true, "{verified}");
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -17,10 +17,10 @@ use proptest::{
 };
 
 use crate::support::{
+    aging::age,
     calendar::day_at,
     house::House,
     ledger_state,
-    past::age,
     steps::{Back, KEYS, PRICES, Pick, Step, steps, tiers},
     twin::{Asked, Outcome, Terms, Twin},
 };
@@ -28,7 +28,7 @@ use crate::support::{
 const CASES: u64 = 150;
 const STEPS_MAX: usize = 80;
 /// As `kind_of` tells them apart.
-const KINDS_OF_ANSWERS: usize = 35;
+const KINDS_OF_ANSWERS: usize = 36;
 /// Longest answer that is settled, in tokens, where the price is nothing.
 const ANSWER_MAX: u32 = 100_000;
 
@@ -231,15 +231,23 @@ impl<'a> Case<'a> {
     }
 
     async fn settle(&mut self, step: &Step) -> (Outcome, Outcome) {
-        let Step::Settle { request, completion, beyond, cached, other } = step.clone() else {
+        let Step::Settle { request, completion, beyond, cached, other, begun } = step.clone() else {
             unreachable!("asked for by `take`")
         };
         let request = self.pick(&request);
         let known = self.asked.iter().find(|(asked, _)| asked.request == request).cloned();
         let (asked, allowed) = known.unwrap_or_else(|| {
-            let terms = Terms { key: 0, price: Price::flat(NanoUsd::new(1), NanoUsd::new(1)), ..terms_of_nobody() };
-            (Asked { request: request.clone(), terms, prompt: 1, output_max: 1, choices: 1, step: 0 }, 1)
+            // As if the store had lost it.
+            let price = Price::flat(NanoUsd::new(200), NanoUsd::new(300));
+            let terms = Terms { key: 0, price, model: "m".to_owned(), version: "1".to_owned() };
+            let request = RequestId::generate().to_string();
+            let lost = (Asked { request, terms, prompt: 9, output_max: 50, choices: 1, step: 0 }, 50);
+            if begun {
+                self.asked.push(lost.clone());
+            }
+            lost
         });
+        let request = asked.request;
         let usage = Usage {
             prompt_tokens: asked.prompt,
             completion_tokens: completion.index(allowed.min(ANSWER_MAX) as usize + 1) as u32 + beyond,
@@ -264,7 +272,9 @@ impl<'a> Case<'a> {
             reason: EndReason::Stop,
             digest: None,
         };
-        let found = match self.house.ledger.settle(&settlement).await {
+        let ledger = &self.house.ledger;
+        let answer = if begun { ledger.settle_begun(&settlement).await } else { ledger.settle(&settlement).await };
+        let found = match answer {
             Ok(settled) => Outcome::Settled {
                 amount: settled.amount.nano().into(),
                 repeated: settled.repeated,
@@ -272,7 +282,7 @@ impl<'a> Case<'a> {
             },
             Err(error) => fault(error),
         };
-        (self.twin.settle(&request, &terms, usage), found)
+        (self.twin.settle(&request, &terms, usage, begun), found)
     }
 
     /// What a person sets, and what time does.
@@ -352,10 +362,6 @@ fn kind_of(outcome: &Outcome) -> String {
     }
 }
 
-fn terms_of_nobody() -> Terms {
-    Terms { key: 0, price: Price::flat(NanoUsd::ZERO, NanoUsd::ZERO), model: "m".to_owned(), version: "1".to_owned() }
-}
-
 fn set_limit(limits: &mut BTreeMap<LimitKind, u64>, kind: LimitKind, value: Option<u64>) {
     match value {
         Some(value) => drop(limits.insert(kind, value)),
@@ -379,6 +385,7 @@ fn fault(error: LedgerError) -> Outcome {
         LedgerError::NotCharged(_) => Outcome::NotCharged,
         LedgerError::ExceedsCharge { left, .. } => Outcome::ExceedsCharge { left: left.nano().into() },
         LedgerError::HoldGone(_) => Outcome::HoldGone,
+        LedgerError::Unknown(_) => Outcome::Unknown,
         LedgerError::OtherTerms(_) => Outcome::OtherTerms,
         LedgerError::ExceedsHold { amount, held, .. } => {
             Outcome::ExceedsHold { amount: amount.nano().into(), held: held.nano().into() }

@@ -7,8 +7,8 @@ use lightcone::{
 };
 
 use crate::support::{
+    aging::{rewrite, set},
     house::{House, settlement},
-    past::{rewrite, set},
 };
 
 /// One grant, one posted, one released and one open request: entries 1 to 6.

@@ -54,7 +54,7 @@ def conform(node, examples, seed, seconds_max, tally):
     reports = node.data_dir / "reports"
     command = [
         sys.executable, "-m", "schemathesis.cli", "--config-file", str(HERE / "schemathesis.toml"), "run",
-        node.url + "/openapi.json", "--header", f"Authorization: Bearer {node.key()}", "--checks", "all",
+        node.url + "/openapi.json", "--header", f"Authorization: Bearer {node.key_for('chat,read,admin')}", "--checks", "all",
         "--phases", ",".join(PHASES), "--max-examples", str(examples), "--seed", str(seed), "--no-color",
         "--report", "junit,json", "--report-junit-path", str(reports / "junit.xml"),
         "--report-json-path", str(reports / "run.json"),

@@ -28,6 +28,9 @@ UNSAID = [
     ("missing_required_parameter|idempotency_key_reused", r"Idempotency-Key"),
     # An event that is not there to go on behind.
     ("invalid_value", r"Last-Event-ID"),
+    # A range of time that runs backwards, a page of another one, more buckets than there may be of that width.
+    ("out_of_range", r"end_time|limit"),
+    ("invalid_value", r"page"),
 ]
 
 

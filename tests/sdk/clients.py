@@ -41,7 +41,7 @@ QUIET = {
 }
 
 
-def run(name, packages, url, key):
+def run(name, packages, url, key, admin_key):
     """Prints what the tests print; gives (passed, failed)."""
     tests = [HERE / file for file in SHARED.get(name, ())] or sorted((HERE / "wide" / name).glob("*test*.*"))
     if not tests:
@@ -50,6 +50,7 @@ def run(name, packages, url, key):
     with tempfile.TemporaryDirectory(prefix="lightcone-client-") as home:
         kept = {variable: os.environ[variable] for variable in ("PATH", "LANG", "TMPDIR") if variable in os.environ}
         environment = {**kept, **QUIET, "HOME": home, "SDK_TEST_URL": url, "SDK_TEST_KEY": key}
+        environment["SDK_TEST_ADMIN_KEY"] = admin_key
         if tests[0].suffix == ".mjs":
             return npm_client(name, tests, Path(packages), environment)
         return python_client(name, tests, packages, environment)

@@ -27,6 +27,7 @@ class Node:
         self.url = f"http://127.0.0.1:{free_port()}"
         self.log = (self.data_dir / "node.log").open("w+")
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("LIGHTCONE_")}
+        self.environment["LIGHTCONE_CONFIG"] = str(Path(__file__).with_name("node.toml"))
         self.process = None
 
     def start(self):
@@ -45,6 +46,16 @@ class Node:
 
     def key(self):
         return (self.data_dir / "dev-key").read_text().strip()
+
+    def admin_key(self):
+        return (self.data_dir / "admin-key").read_text().strip()
+
+    def key_for(self, scopes):
+        """A new key of the development tenant."""
+        command = [self.program, "keys", "create", "--tenant", "ten_development", "--scopes", scopes]
+        command += ["--data-dir", str(self.data_dir), "--output", "json"]
+        made = subprocess.run(command, capture_output=True, text=True, timeout=60, env=self.environment, check=True)
+        return json.loads(made.stdout)["key"]
 
     def verify_ledger(self):
         command = [self.program, "ledger", "verify", "--data-dir", str(self.data_dir), "--output", "json"]

@@ -29,12 +29,12 @@ class Tally:
         print(f"{name} ... {'ok' if fault is None else 'FAILED: ' + fault}", flush=True)
 
 
-def client_tests(asked, url, key, tally):
+def client_tests(asked, url, key, admin_key, tally):
     table = []
     for name, _, packages in (client.partition("=") for client in asked):
         print(f"\n--- {name} ---", flush=True)
         began = time.monotonic()
-        passed, failed = clients.run(name, packages, url, key)
+        passed, failed = clients.run(name, packages, url, key, admin_key)
         tally.passed += passed
         tally.failed += failed
         table.append(f"{name:14} {passed:4} passed {failed:4} failed {time.monotonic() - began:6.1f} s")
@@ -47,19 +47,21 @@ def main():
     parser.add_argument("--fetched", default=".lightcone", help="data folder that has lib, bin and models")
     parser.add_argument("--url", help="a node that runs already, instead of --node")
     parser.add_argument("--key-file", default=".lightcone/dev-key")
+    parser.add_argument("--admin-key-file", default=".lightcone/admin-key")
     parser.add_argument("--client", action="append", required=True, metavar="NAME=FOLDER")
     arguments = parser.parse_args()
     tally = Tally()
     if arguments.url:
         key = Path(arguments.key_file).read_text().strip()
-        client_tests(arguments.client, arguments.url.rstrip("/"), key, tally)
+        admin_key = Path(arguments.admin_key_file).read_text().strip()
+        client_tests(arguments.client, arguments.url.rstrip("/"), key, admin_key, tally)
     elif arguments.node:
         node = Node(arguments.node, arguments.fetched)
         try:
             fault = node.start()
             tally.check("a node starts and is ready", fault)
             if fault is None:
-                client_tests(arguments.client, node.url, node.key(), tally)
+                client_tests(arguments.client, node.url, node.key(), node.admin_key(), tally)
                 tally.check("the ledger balances after all of it", node.verify_ledger())
                 tally.check("Ctrl-C drains the node and leaves no process behind", node.stop())
         finally:

@@ -4,6 +4,7 @@ import os
 
 URL = os.environ["SDK_TEST_URL"]
 KEY = os.environ["SDK_TEST_KEY"]
+ADMIN_KEY = os.environ["SDK_TEST_ADMIN_KEY"]
 MODEL = "tzafon.sm-1"
 MODELS = ("tzafon.sm-1", "tzafon.northstar-cua-fast")
 

@@ -1,10 +1,11 @@
 """PyPI openai, with the base URL with and without /v1."""
 
 import asyncio
+import time
 import unittest
 
 import openai
-from target import BASE_URLS, HELLO, KEY, MODEL, MODELS, SHORT, URL
+from target import ADMIN_KEY, BASE_URLS, HELLO, KEY, MODEL, MODELS, SHORT, URL
 
 
 def client(base_url=URL, key=KEY):
@@ -107,6 +108,32 @@ class OpenAiTest(unittest.TestCase):
                 with self.assertRaises(openai.BadRequestError) as caught:
                     openai_client.chat.completions.create(model=MODEL, messages=HELLO, temperature=9)
                 self.assertEqual(caught.exception.param, "temperature")
+
+
+@unittest.skipUnless(hasattr(openai.OpenAI, "admin"), "this major has no administration")
+class AdministrationTest(unittest.TestCase):
+    def test_usage_and_costs_are_parsed_into_the_library_s_types(self):
+        for base_url in BASE_URLS:
+            with self.subTest(base_url=base_url), client(base_url) as asker:
+                asker.chat.completions.create(model=MODEL, **SHORT)
+                operator = openai.OpenAI(base_url=base_url, admin_api_key=ADMIN_KEY, max_retries=0, timeout=60)
+                with operator:
+                    # A day more, should the night fall meanwhile.
+                    asked = {"start_time": int(time.time()) - 86400, "group_by": ["project_id", "model"]}
+                    usage = operator.admin.organization.usage.completions(models=[MODEL], **asked)
+                    costs = operator.admin.organization.usage.costs(
+                        start_time=asked["start_time"], group_by=["project_id", "line_item"]
+                    )
+                used = [result for bucket in usage.data for result in bucket.results]
+                self.assertTrue(used)
+                for result in used:
+                    self.assertEqual(result.object, "organization.usage.completions.result")
+                    self.assertEqual((result.project_id, result.model), ("ten_development", MODEL))
+                    self.assertGreater(result.num_model_requests, 0)
+                paid = [result for bucket in costs.data for result in bucket.results if result.line_item == MODEL]
+                self.assertGreater(sum(result.amount.value for result in paid), 0)
+                self.assertEqual({result.amount.currency for result in paid}, {"usd"})
+                self.assertFalse(usage.has_more or costs.has_more)
 
 
 class AsyncOpenAiTest(unittest.IsolatedAsyncioTestCase):

@@ -4,10 +4,14 @@
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value, json};
 
-use crate::edge::{
-    cancel,
-    dialect::{completions, openai},
-    error, models, status, stored, tokens,
+use crate::{
+    edge::{
+        account::{balance, generations, limits, organization},
+        cancel,
+        dialect::{completions, openai},
+        error, models, status, stored, tokens,
+    },
+    ledger::{Receipt, Statement},
 };
 
 /// All of them, by name.
@@ -27,6 +31,14 @@ pub fn all() -> Map<String, Value> {
         ("Text", of::<tokens::Text>()),
         ("ModelList", of::<models::List>()),
         ("Model", of::<models::Model>()),
+        ("Balance", of::<balance::Balance>()),
+        ("Usage", of::<limits::Usage>()),
+        ("Generation", of::<generations::Cost>()),
+        ("Receipt", of::<Receipt>()),
+        ("ReceiptKey", of::<generations::PublicKey>()),
+        ("Statement", of::<Statement>()),
+        ("CompletionsUsage", of::<organization::Page<organization::CompletionsResult>>()),
+        ("Costs", of::<organization::Page<organization::CostsResult>>()),
         ("Health", of::<status::Health>()),
         ("Readiness", of::<status::Readiness>()),
         ("Error", of::<error::Envelope>()),

@@ -3,6 +3,7 @@
 
 mod answers;
 mod page;
+mod reports;
 
 use actix_web::{HttpResponse, http::header, web};
 use serde_json::{Map, Value, json};
@@ -134,6 +135,9 @@ fn success(operation: &Operation) -> Value {
         Answer::Html => drop(content.insert("text/html".to_owned(), text)),
         Answer::Nothing => {}
     }
+    for kind in operation.also {
+        content.insert((*kind).to_owned(), json!({ "schema": { "type": "string" } }));
+    }
     if let Some(name) = operation.events {
         content.insert("text/event-stream".to_owned(), json!({ "schema": event(name) }));
     }
@@ -175,7 +179,7 @@ fn event(name: &str) -> Value {
 // --- what is asked ----------------------------------------------------------------------------------
 
 fn parameters() -> Value {
-    json!({
+    let mut all = json!({
         "limit": {
             "name": "limit", "in": "query", "description": "Completions on one page.",
             "schema": { "type": "integer", "minimum": 1, "maximum": 100, "default": 20 },
@@ -207,7 +211,11 @@ fn parameters() -> Value {
             "description": "With the Idempotency-Key of a stream: its events behind this one.",
             "schema": { "type": "string", "pattern": "^[0-9]{0,9}$" },
         },
-    })
+    });
+    for (name, parameter) in reports::parameters() {
+        all[name] = parameter;
+    }
+    all
 }
 
 fn parameters_of(operation: &Operation, model: &str) -> Vec<Value> {
@@ -222,6 +230,10 @@ fn parameters_of(operation: &Operation, model: &str) -> Vec<Value> {
         let schema = json!({ "type": "string", "minLength": 1 });
         parameters.push(json!({ "name": "id", "in": "path", "required": true, "schema": schema, "example": example }));
     }
+    if operation.path.contains("{month}") {
+        parameters.push(reports::month());
+    }
+    parameters.extend(operation.parameters.iter().map(|name| component("parameters", name)));
     if operation.id == "listChatCompletions" {
         parameters.extend(["limit", "after", "order", "model", "metadata"].map(|name| component("parameters", name)));
     }
@@ -393,7 +405,7 @@ fn refusal(status: u16) -> Refusal {
         ),
         429 => (
             "TooManyRequests",
-            "Too much at once: of this key, or of everybody.",
+            "Too much at once: of this key, or of everybody; or too many wrong keys from this address.",
             ["rate_limit_error", "overloaded"],
             None,
             "Too many requests wait for this model. Try again shortly.",

@@ -259,28 +259,8 @@ local function count_usage(keys, entry)
   end
 end
 
--- Whoever had a request that was released for this could not say what it used.
-local LATE_AFTER = {expired = true, worker_lost = true}
-
--- A request whose hold was given up before it was known what it used: charged to the balance, and what that cannot
--- pay is written off.
-local function post_late(keys, account, entry)
-  local ended = redis.call('HGET', keys[ENDED], entry.request) or ''
-  local reason, seq = string.match(ended, '^release (%S+) (%d+)$')
-  if not LATE_AFTER[reason or ''] then
-    return ended == '' and {'absent'} or {'ended', ended}
-  end
-  local released = redis.call('XRANGE', keys[ENTRIES], seq .. '-0', seq .. '-0')[1]
-  if not released then
-    return {'absent'}
-  end
-  local of_release, fields = {}, released[2]
-  for index = 1, #fields, 2 do
-    of_release[fields[index]] = fields[index + 1]
-  end
-  if pack_terms(of_release) ~= pack_terms(entry) then
-    return {'other_terms'}
-  end
+-- Takes a charge from the balance; what that cannot pay is written off.
+local function collect(keys, account, entry)
   if tonumber(entry.amount) > EXACT_MAX then
     return {'overflow'}
   end
@@ -302,10 +282,46 @@ local function post_late(keys, account, entry)
   return nil
 end
 
+-- Whoever had a request that was released for this could not say what it used.
+local LATE_AFTER = {expired = true, worker_lost = true}
+
+-- A request whose hold was given up before it was known what it used: charged to the balance, and what that cannot
+-- pay is written off.
+local function post_late(keys, account, entry)
+  local ended = redis.call('HGET', keys[ENDED], entry.request) or ''
+  local reason, seq = string.match(ended, '^release (%S+) (%d+)$')
+  if ended == '' then
+    -- A store that died may have lost the hold with its last second. Whoever began the request knows its terms. What
+    -- is older than the archive was forgotten on purpose.
+    local archived_at = tonumber(redis.call('HGET', keys[ACCOUNT], 'archived_at') or '0')
+    local begun_at = tonumber(string.match(entry.request, '(%x%x%x%x%x%x%x%x%x%x%x%x)%x*$') or '0', 16)
+    if entry.begun ~= '1' or begun_at <= archived_at then
+      return {'absent'}
+    end
+    entry.reference = 'unheld'
+    return collect(keys, account, entry)
+  end
+  if not LATE_AFTER[reason or ''] then
+    return {'ended', ended}
+  end
+  local released = redis.call('XRANGE', keys[ENTRIES], seq .. '-0', seq .. '-0')[1]
+  if not released then
+    return {'absent'}
+  end
+  local of_release, fields = {}, released[2]
+  for index = 1, #fields, 2 do
+    of_release[fields[index]] = fields[index + 1]
+  end
+  if pack_terms(of_release) ~= pack_terms(entry) then
+    return {'other_terms'}
+  end
+  return collect(keys, account, entry)
+end
+
 -- Charges a request. Arguments as named; the terms are those of its hold.
 local SETTLE_ARGS = {
   'tenant', 'request', 'amount', 'key', 'model', 'prompt', 'completion', 'cached', 'input', 'output', 'cached_input',
-  'version', 'note', 'digest',
+  'version', 'note', 'digest', 'begun',
 }
 
 local function settle(keys, args)
@@ -332,15 +348,29 @@ local function settle(keys, args)
   local seq = tonumber(account.seq) + 1
   local used = tonumber(entry.prompt) + tonumber(entry.completion)
   local held = redis.call('HGET', keys[HOLDS], request)
+  local terms, behind = unpack_terms(held and redis.call('HGET', keys[TERMS], request) or '')
   if held then
-    local terms, behind = unpack_terms(redis.call('HGET', keys[TERMS], request) or '')
     if pack_terms(terms) ~= pack_terms(entry) then
       return {'other_terms'}
     end
     if redis.call('HINCRBY', keys[HOLDS], request, minus(entry.amount)) < 0 then
       redis.call('HINCRBY', keys[HOLDS], request, entry.amount)
-      return {'exceeds_hold', held}
+      if entry.begun ~= '1' then
+        return {'exceeds_hold', held}
+      end
+      if tonumber(entry.amount) > EXACT_MAX then
+        return {'overflow'}
+      end
+      -- A store that died may have lost what the hold had grown by: the balance pays instead.
+      local released = release_one(keys, entry.tenant, request, 'expired')
+      if type(released) == 'table' then
+        return released
+      end
+      held = false
+      fault, absent, account = look_at(keys)
     end
+  end
+  if held then
     local rest = redis.call('HGET', keys[HOLDS], request)
     if not close_hold(keys, request, held, 'post ' .. entry.amount .. ' ' .. whole(seq), entry.key) then
       redis.call('HINCRBY', keys[HOLDS], request, entry.amount)

@@ -258,7 +258,7 @@ local function adjust(keys, args)
   end
   local is_less = string.sub(ask.amount, 1, 1) == '-'
   if overflows(keys, 'adjusted', ask.amount) or overflows(keys, 'available', ask.amount)
-    or not (is_less or has_room_for(keys, account, ask.amount)) then
+    or overflows(keys, 'balance', ask.amount) or not (is_less or has_room_for(keys, account, ask.amount)) then
     return {'overflow'}
   end
   if move_balance(keys, ask.amount) < 0 and is_less then
@@ -385,22 +385,30 @@ local function key_set(keys, args)
   return {'set'}
 end
 
--- What of the day's and the month's limits is used. Arguments: key ('' for the tenant alone). Answers the account's
--- tier and own limits, then day and month with ms left of them, then for the tenant and the key: open requests,
--- requests, tokens and spend of the day, spend of the month.
+-- What of the limits is used. Arguments: key ('' for the tenant alone). Answers the account's tier and own limits, the
+-- key's limits, then day, ms left of it and of its month, and now; then for the tenant and for the key: open requests,
+-- requests, tokens and spend of the day, spend of the month, and what the windows of a minute have: requests, ms until
+-- there are none, tokens, ms until there are none. Those are counted only where they are limited.
 local function standing(keys, args)
   local now = now_ms()
   local day = day_name(now)
   local answer = {
     redis.call('HMGET', keys[ACCOUNT], 'tier', unpack(LIMIT_FIELDS)),
     redis.call('HMGET', beside(keys, 'key:' .. args[1]), unpack(LIMIT_FIELDS)),
-    {day, whole(ms_left_of_day(now)), whole(ms_left_of_month(now))},
+    {day, whole(ms_left_of_day(now)), whole(ms_left_of_month(now)), whole(now)},
   }
   for _, party in ipairs(parties_of(keys, args[1], {}, {}, day)) do
-    answer[#answer + 1] = {
+    local told = {
       whole(party.open), whole(party.requests_day), whole(party.tokens_day), whole(party.spend_per_day),
       whole(party.spend_per_month),
     }
+    for _, kind in ipairs({'requests', 'tokens'}) do
+      local name = party.who .. ':' .. kind
+      local sum, bucket = rate_look(keys[RATES], name, now)
+      told[#told + 1] = whole(sum)
+      told[#told + 1] = whole(rate_reset(keys[RATES], name, now, sum, bucket))
+    end
+    answer[#answer + 1] = told
   end
   return answer
 end

@@ -9,8 +9,8 @@
 local BUCKET_MS, BUCKETS = 1000, 60
 local RATES_KEPT_MS = 2 * BUCKET_MS * BUCKETS
 
--- Takes off what the window has left behind. Answers the sum and the bucket of now.
-local function rate_roll(key, name, now)
+-- The sum of the window and the bucket of now; last, the fields that the window has left behind.
+local function rate_look(key, name, now)
   local state = redis.call('HMGET', key, name .. ':sum', name .. ':seen')
   local bucket = math.floor(now / BUCKET_MS)
   local sum, seen = tonumber(state[1]) or 0, tonumber(state[2]) or bucket
@@ -24,6 +24,14 @@ local function rate_roll(key, name, now)
     for _, count in ipairs(redis.call('HMGET', key, unpack(old))) do
       sum = sum - (tonumber(count) or 0)
     end
+  end
+  return sum, bucket, old
+end
+
+-- Takes off what the window has left behind. Answers the sum and the bucket of now.
+local function rate_roll(key, name, now)
+  local sum, bucket, old = rate_look(key, name, now)
+  if #old > 0 then
     redis.call('HDEL', key, unpack(old))
   end
   redis.call('HSET', key, name .. ':sum', whole(sum), name .. ':seen', whole(bucket))

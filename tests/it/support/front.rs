@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::TcpListener, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use lightcone::{
-    admission::{Limits, Tier, Tiers},
+    admission::{Guard, GuardLimits, Limits, Tier, Tiers},
     config,
     domain::{
         Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceList, Priority, RequestId,
@@ -69,6 +69,11 @@ pub fn settings() -> config::Edge {
         messages_max: 8,
         choices_max: 4,
         cors_origins: vec!["*".into()],
+        trusted_proxies: Vec::new(),
+        // All the tests' clients share one address.
+        auth_failures_max: 0,
+        auth_failure_window_seconds: 600,
+        auth_block_seconds: 300,
         record_hours: 1,
         idempotency_hours: 1,
         stream_buffer_events: 256,
@@ -116,8 +121,28 @@ impl Front {
     }
 
     pub async fn furnished(furniture: Furniture) -> Self {
-        let Furniture { settings, depth_max, balance, lease: hold_lease, limits, priority_max } = furniture;
-        let house = House::with_balance(balance).await;
+        let house = House::with_balance(furniture.balance).await;
+        let spec = Self::spec(&house, furniture);
+        let (queue, hub, metrics) = (spec.queue.clone(), spec.hub.clone(), Arc::clone(&spec.metrics));
+        let edge = Self::open(spec);
+        let url = format!("http://{}", edge.address);
+        let (link, cancellations) = WorkerLink::new();
+        let (http, worker) = (reqwest::Client::new(), NodeId::generate());
+        Self { house, queue, hub, metrics, url, http, edge: Some(edge), link, cancellations, worker }
+    }
+
+    /// Another edge on the same store.
+    pub fn beside(&self, settings: config::Edge) -> EdgeHandle {
+        Self::open(Self::spec(&self.house, Furniture { settings, ..Furniture::default() }))
+    }
+
+    fn open(spec: EdgeSpec) -> EdgeHandle {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        edge::spawn(spec, listener).expect("an edge")
+    }
+
+    fn spec(house: &House, furniture: Furniture) -> EdgeSpec {
+        let Furniture { settings, depth_max, lease: hold_lease, limits, priority_max, .. } = furniture;
         let queue = Queue::new(house.store.clone(), QueueLimits { depth_max, claim_lease: LEASE });
         let metrics = Arc::new(Metrics::new());
         let hub = ReplyHub::new(NodeId::generate(), settings.stream_buffer_events, None, metrics.clone());
@@ -142,30 +167,31 @@ impl Front {
         let prices = PriceList { version: PRICE_VERSION.into(), from_unix_ms: 0, prices };
         let tiers = Tiers { standard: Tier { limits, priority_max }, named: BTreeMap::new() };
         let store = house.store.clone();
-        let spec = EdgeSpec {
+        let guard_limits = GuardLimits {
+            failures_max: settings.auth_failures_max,
+            window: Duration::from_secs(settings.auth_failure_window_seconds),
+            block: Duration::from_secs(settings.auth_block_seconds),
+        };
+        EdgeSpec {
             settings,
             models: BTreeMap::from([(MODEL.into(), served)]),
             prompts: BTreeMap::from([(MODEL.into(), prompt)]),
             prices: Prices::new(house.store.clone(), prices),
             wait_max: Duration::from_secs(60),
             admission: house.admission.clone().with_tiers(tiers),
+            guard: Guard::new(house.store.clone(), guard_limits),
+            receipts: house.receipts.clone(),
             ledger: Ledger::new(house.store.clone(), hold_lease),
-            queue: queue.clone(),
+            queue,
             records: Records::new(house.store.clone(), Retention::default(), hold_lease),
-            hub: hub.clone(),
-            metrics: metrics.clone(),
+            hub,
+            metrics,
             readiness: Arc::new(move || {
                 let store = store.clone();
                 async move { store.ping().await.err().map(|_| "store away".to_owned()).into_iter().collect() }.boxed()
             }),
             runtime: tokio::runtime::Handle::current(),
-        };
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let edge = edge::spawn(spec, listener).expect("an edge");
-        let url = format!("http://{}", edge.address);
-        let (link, cancellations) = WorkerLink::new();
-        let (http, worker) = (reqwest::Client::new(), NodeId::generate());
-        Self { house, queue, hub, metrics, url, http, edge: Some(edge), link, cancellations, worker }
+        }
     }
 
     // -- the client's side -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use lightcone::{
     admission::{Admission, AdmitError, AdmittedRequest, Ask, Principal, Scope},
     domain::{NanoUsd, Price, RequestId, TenantId, Usage},
-    ledger::{Balance, EndReason, Ledger, Settlement},
+    ledger::{Balance, EndReason, Ledger, Receipts, Settlement},
     operator::Accounts,
     store::Store,
 };
@@ -24,6 +24,7 @@ pub struct House {
     pub ledger: Ledger,
     pub admission: Admission,
     pub accounts: Accounts,
+    pub receipts: Receipts,
     pub tenant: TenantId,
     pub principal: Principal,
     pub secret: String,
@@ -36,11 +37,12 @@ impl House {
         let ledger = Ledger::new(store.clone(), LEASE);
         let accounts = Accounts::new(store.clone(), ledger.clone());
         let admission = Admission::new(store.clone(), LEASE);
+        let receipts = Receipts::open(&store, None).await.expect("a key");
         let tenant = accounts.create_tenant("first", NanoUsd::new(nano)).await.expect("a tenant").id;
         let scopes = [Scope::Chat].into_iter().collect();
         let secret = accounts.create_key(&tenant, "test", scopes).await.expect("a key").secret;
         let principal = admission.authenticate(&secret).await.expect("a principal");
-        Self { valkey, store, ledger, admission, accounts, tenant, principal, secret }
+        Self { valkey, store, ledger, admission, accounts, receipts, tenant, principal, secret }
     }
 
     /// Another tenant, as its principal.

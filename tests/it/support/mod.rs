@@ -1,5 +1,6 @@
 //! What the tests stand on: real servers, the real model, and a house furnished on them.
 
+pub mod aging;
 pub mod calendar;
 pub mod engine;
 pub mod front;

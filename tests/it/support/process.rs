@@ -62,7 +62,7 @@ impl Home {
         link(model::data_dir().join("lib").canonicalize().expect("ONNX Runtime"), "lib");
         link(valkey::program().canonicalize().expect("the server"), "bin/valkey-server");
         let config = format!(
-            "[node]\nlog = \"info\"\ndrain_ms_max = 4000\n[edge]\nhttp_threads = 1\n\
+            "[node]\nlog = \"info\"\ndrain_ms_max = 4000\n[edge]\nhttp_threads = 1\nauth_failures_max = 0\n\
              [queue]\ndepth_max = 2048\nclaim_lease_ms = {lease_ms}\nwait_ms_max = 30000\n\
              [ledger]\nhold_lease_ms = {lease_ms}\nsweep_ms = 200\n{ledger}\
              [models.\"tzafon.sm-1\"]\n{model}\n[models.\"tzafon.northstar-cua-fast\"]\nenabled = false\n{extra}"

@@ -52,7 +52,7 @@ pub enum Step {
     LowBalance(Option<i64>),
     Admit { key: usize, prompt: u32, output_max: u32, choices: u32, step: u32, price: usize, again: Option<Pick> },
     Extend { request: Pick, wanted: u32 },
-    Settle { request: Pick, completion: Index, beyond: u32, cached: Index, other: Option<usize> },
+    Settle { request: Pick, completion: Index, beyond: u32, cached: Index, other: Option<usize>, begun: bool },
     Release { request: Pick, why: ReleaseReason },
     Lapse(Pick),
     Renew(Pick),
@@ -139,10 +139,10 @@ pub fn steps() -> impl Strategy<Value = Step> {
             .prop_map(|(request, wanted)| Step::Extend { request, wanted }),
         14 => (
             picks(), any::<Index>(), prop_oneof![5 => Just(0_u32), 1 => 1..900_u32], any::<Index>(),
-            proptest::option::weighted(0.1, 0..4_usize),
+            proptest::option::weighted(0.1, 0..4_usize), prop::bool::weighted(0.2),
         )
-            .prop_map(|(request, completion, beyond, cached, other)| Step::Settle {
-                request, completion, beyond, cached, other,
+            .prop_map(|(request, completion, beyond, cached, other, begun)| Step::Settle {
+                request, completion, beyond, cached, other, begun,
             }),
         3 => (picks(), select(&RELEASES[..])).prop_map(|(request, why)| Step::Release { request, why }),
         3 => picks().prop_map(Step::Lapse),

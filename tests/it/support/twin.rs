@@ -37,6 +37,7 @@ pub enum Outcome {
     AdmittedBefore,
     Extended { tokens: u32, by: Option<FundsEnd> },
     HoldGone,
+    Unknown,
     ExceedsHold { amount: i128, held: i128 },
     OtherTerms,
     Settled { amount: i128, repeated: bool, late: bool },
@@ -190,6 +191,7 @@ impl Twin {
         if amount > 0 && !self.has_room_for(amount)
             || self.adjusted + amount < LEAST
             || self.available() + amount < LEAST
+            || self.balance + amount < LEAST
         {
             return Outcome::Overflow;
         }
@@ -323,7 +325,8 @@ impl Twin {
         Outcome::Extended { tokens: paid as u32, by }
     }
 
-    pub fn settle(&mut self, request: &str, terms: &Terms, usage: Usage) -> Outcome {
+    /// `begun`: by whoever began it, who is believed where the store knows less.
+    pub fn settle(&mut self, request: &str, terms: &Terms, usage: Usage, begun: bool) -> Outcome {
         let cost = |price: i64, tokens: u32| i128::from(price) * i128::from(tokens);
         let Price { input, output, cached_input } = terms.price;
         let parts = [
@@ -353,12 +356,25 @@ impl Twin {
             }
             None => {}
         }
-        let Some(hold) = self.holds.get(request).cloned() else { return Outcome::HoldGone };
+        let Some(hold) = self.holds.get(request).cloned() else {
+            return match (begun, amount > EXACT_MAX) {
+                (false, _) => Outcome::Unknown,
+                (true, true) => Outcome::Overflow,
+                (true, false) => self.settle_late(request, terms, amount, used),
+            };
+        };
         if hold.terms != *terms {
             return Outcome::OtherTerms;
         }
-        if amount > hold.amount {
+        if amount > hold.amount && !begun {
             return Outcome::ExceedsHold { amount, held: hold.amount };
+        }
+        if amount > hold.amount {
+            if amount > EXACT_MAX {
+                return Outcome::Overflow;
+            }
+            self.release(request, true);
+            return self.settle_late(request, terms, amount, used);
         }
         self.holds.remove(request);
         self.balance += hold.amount - amount;
