@@ -106,6 +106,8 @@ pub(super) struct Audit {
     refundable: HashMap<String, i128>,
     /// References of before, which the store remembers beside those in `ends`.
     references_before: u64,
+    /// What might have been spent before the part of a charge that could not be paid was written off.
+    before_write_off: Option<i128>,
     /// Charges by hour since 1970, to be compared with what the usage counters say.
     pub hours: BTreeMap<u64, i128>,
     faults: Vec<String>,
@@ -131,6 +133,7 @@ impl Audit {
             ends: HashMap::new(),
             refundable: HashMap::new(),
             references_before,
+            before_write_off: None,
             hours: BTreeMap::new(),
             faults: Vec::new(),
         }
@@ -179,6 +182,7 @@ impl Audit {
         if entry.amount < NanoUsd::ZERO && entry.kind != EntryKind::Adjust {
             self.fault(format!("entry {seq} has the negative amount {}", entry.amount));
         }
+        let before = self.before_write_off.take().unwrap_or(self.books.balance + self.books.credit);
         self.book(entry);
         for (name, says, makes) in
             [("balance", entry.balance, self.books.balance), ("amount on hold", entry.held, self.books.held)]
@@ -190,9 +194,12 @@ impl Audit {
                 ));
             }
         }
-        if takes_from_balance(entry) && self.books.balance + self.books.credit < 0 {
+        // A charge that comes late takes no more than there is; that there was less than nothing is not its doing.
+        let least = if is_late(entry) { before.min(0) } else { 0 };
+        if takes_from_balance(entry) && self.books.balance + self.books.credit < least {
             self.fault(format!("the balance is below what may be spent after entry {seq}"));
         }
+        self.before_write_off = entry.is_write_off().then_some(before);
     }
 
     fn book(&mut self, entry: &Entry) {
@@ -400,10 +407,13 @@ fn takes_from_balance(entry: &Entry) -> bool {
     match entry.kind {
         EntryKind::Hold => entry.amount > NanoUsd::ZERO,
         EntryKind::Adjust => entry.amount < NanoUsd::ZERO,
-        // Of one whose hold had expired.
-        EntryKind::Post => entry.hold == NanoUsd::ZERO && entry.amount > NanoUsd::ZERO,
-        _ => false,
+        _ => is_late(entry),
     }
+}
+
+/// The charge of a request whose hold had expired.
+fn is_late(entry: &Entry) -> bool {
+    entry.kind == EntryKind::Post && entry.hold == NanoUsd::ZERO && entry.amount > NanoUsd::ZERO
 }
 
 fn sha1_hex(text: &str) -> String {

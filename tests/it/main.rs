@@ -27,6 +27,7 @@ mod money_kill;
 mod openapi;
 mod receipts;
 mod store_accounts;
+mod store_model;
 mod store_money;
 mod store_outage;
 mod store_queue;

@@ -5,11 +5,11 @@ use lightcone::{
     ledger::{ReleaseReason, Report},
     store::keys,
 };
-use redis::aio::MultiplexedConnection;
 
-use crate::support::house::{House, settlement};
-
-type Fields = Vec<(String, String)>;
+use crate::support::{
+    aging::{rewrite, set},
+    house::{House, settlement},
+};
 
 /// One grant, one posted, one released and one open request: entries 1 to 6.
 async fn furnished() -> House {
@@ -31,32 +31,6 @@ async fn account_add(house: &House, field: &str, nano: i64) {
     let mut raw = house.valkey.raw().await;
     let key = keys::account(&house.tenant);
     redis::cmd("HINCRBY").arg(key).arg(field).arg(nano).exec_async(&mut raw).await.unwrap();
-}
-
-/// Rewrites the ledger as somebody with full access to the store could.
-async fn rewrite(house: &House, change: impl FnOnce(&mut Vec<(String, Fields)>)) {
-    let mut raw = house.valkey.raw().await;
-    let key = keys::entries(&house.tenant);
-    let mut entries: Vec<(String, Fields)> =
-        redis::cmd("XRANGE").arg(&key).arg("-").arg("+").query_async(&mut raw).await.unwrap();
-    change(&mut entries);
-    redis::cmd("DEL").arg(&key).exec_async(&mut raw).await.unwrap();
-    for (id, fields) in entries {
-        append(&mut raw, &key, &id, &fields).await;
-    }
-}
-
-async fn append(raw: &mut MultiplexedConnection, key: &str, id: &str, fields: &Fields) {
-    let mut command = redis::cmd("XADD");
-    command.arg(key).arg(id);
-    for (name, value) in fields {
-        command.arg(name).arg(value);
-    }
-    command.exec_async(raw).await.unwrap();
-}
-
-fn set(fields: &mut Fields, name: &str, value: &str) {
-    fields.iter_mut().find(|(field, _)| field == name).expect("the field is there").1 = value.to_owned();
 }
 
 #[tokio::test]
@@ -97,7 +71,7 @@ async fn verify_detects_money_moved_between_two_accounts() {
 async fn verify_detects_every_changed_field_of_every_entry() {
     let house = furnished().await;
     let mut originals = Vec::new();
-    rewrite(&house, |entries| originals = entries.clone()).await;
+    rewrite(&house, &house.tenant, |entries| originals = entries.clone()).await;
     house.assert_balanced().await;
     for (index, (id, fields)) in originals.iter().enumerate() {
         let kind = &fields.iter().find(|(name, _)| name == "kind").expect("a kind").1;
@@ -106,10 +80,10 @@ async fn verify_detects_every_changed_field_of_every_entry() {
                 Ok(number) => (number + 1).to_string(),
                 Err(_) => format!("{value}x"),
             };
-            rewrite(&house, |entries| set(&mut entries[index].1, name, &changed)).await;
+            rewrite(&house, &house.tenant, |entries| set(&mut entries[index].1, name, &changed)).await;
             let found = report(&house).await;
             assert!(!found.is_balanced(), "{kind} {id}: {name} {value} -> {changed}");
-            rewrite(&house, |entries| entries.clone_from(&originals)).await;
+            rewrite(&house, &house.tenant, |entries| entries.clone_from(&originals)).await;
         }
     }
     house.assert_balanced().await;
@@ -119,11 +93,11 @@ async fn verify_detects_every_changed_field_of_every_entry() {
 async fn verify_detects_missing_added_and_reordered_entries() {
     for index in 0..6 {
         let house = furnished().await;
-        rewrite(&house, |entries| drop(entries.remove(index))).await;
+        rewrite(&house, &house.tenant, |entries| drop(entries.remove(index))).await;
         assert!(!report(&house).await.is_balanced(), "without entry {}", index + 1);
     }
     let house = furnished().await;
-    rewrite(&house, |entries| {
+    rewrite(&house, &house.tenant, |entries| {
         let (first, second) = (entries[1].1.clone(), entries[3].1.clone());
         entries[1].1 = second;
         entries[3].1 = first;
@@ -132,7 +106,7 @@ async fn verify_detects_missing_added_and_reordered_entries() {
     assert!(!report(&house).await.is_balanced());
     // A second settlement of the same request, with an account that agrees with it.
     let house = furnished().await;
-    rewrite(&house, |entries| {
+    rewrite(&house, &house.tenant, |entries| {
         let mut again = entries[2].1.clone();
         set(&mut again, "balance", "988700");
         entries.push(("7-0".to_owned(), again));

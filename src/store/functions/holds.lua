@@ -54,11 +54,12 @@ local function release_one(keys, tenant, request, reason)
   end
   move_balance(keys, held)
   rate_give_back(keys[RATES], request, 0)
-  count_unused_tokens(keys, entry.key, behind.day, tonumber(behind.tokens))
+  count_tokens(keys, entry.key, behind.day, -tonumber(behind.tokens))
   count_spend(keys, entry.key, behind.day, minus(held))
   entry.kind, entry.request, entry.tenant, entry.amount, entry.note = 'release', request, tenant, held, reason
   entry.hold = held
   append(keys, entry)
+  watch_balance(keys)
   return true
 end
 
@@ -126,14 +127,15 @@ local function hold(keys, args)
     return {'overflow'}
   end
 
-  local parties, day = parties_of(keys, ask.key, tenant_limits, key_limits, now)
+  local day = day_name(now)
+  local parties = parties_of(keys, ask.key, tenant_limits, key_limits, day)
   if too_many_open(parties) then
     -- Some may be open only because nobody has swept yet.
     local broken = release_expired(keys, ask.tenant, 16, whole(now))
     if broken then
       return broken
     end
-    parties, day = parties_of(keys, ask.key, tenant_limits, key_limits, now)
+    parties = parties_of(keys, ask.key, tenant_limits, key_limits, day)
     fault, absent, account = look_at(keys)
   end
   local windows, overrun = rate_windows(keys, parties, tokens, now)
@@ -218,7 +220,8 @@ local function extend(keys, args)
   if not tenant_limits or not key_limits then
     return redis.error_reply('DAMAGED ' .. keys[ACCOUNT] .. ' has a limit that is no number')
   end
-  local room = spend_room(parties_of(keys, entry.key, tenant_limits, key_limits, now_ms()))
+  -- Of the day that it counts for, which may be over.
+  local room = spend_room(parties_of(keys, entry.key, tenant_limits, key_limits, behind.day))
   local paid, amount, by = affordable(account, room, 0, price, wanted)
   if paid <= 0 then
     return {'extended', '0', by}
@@ -265,6 +268,9 @@ local function collect(keys, account, entry)
   local short = tonumber(entry.amount) - math.max(available, 0)
   if short > 0 then
     local written_off = whole(short)
+    if overflows(keys, 'adjusted', written_off) then
+      return {'overflow'}
+    end
     redis.call('HINCRBY', keys[ACCOUNT], 'adjusted', written_off)
     move_balance(keys, written_off)
     append(keys, {
@@ -336,7 +342,11 @@ local function settle(keys, args)
   if not is_amount(entry.amount) then
     return {'bad_amount'}
   end
+  if overflows(keys, 'charged', entry.amount) then
+    return {'overflow'}
+  end
   local seq = tonumber(account.seq) + 1
+  local used = tonumber(entry.prompt) + tonumber(entry.completion)
   local held = redis.call('HGET', keys[HOLDS], request)
   local terms, behind = unpack_terms(held and redis.call('HGET', keys[TERMS], request) or '')
   if held then
@@ -347,6 +357,9 @@ local function settle(keys, args)
       redis.call('HINCRBY', keys[HOLDS], request, entry.amount)
       if entry.begun ~= '1' then
         return {'exceeds_hold', held}
+      end
+      if tonumber(entry.amount) > EXACT_MAX then
+        return {'overflow'}
       end
       -- A store that died may have lost what the hold had grown by: the balance pays instead.
       local released = release_one(keys, entry.tenant, request, 'expired')
@@ -365,16 +378,17 @@ local function settle(keys, args)
     end
     move_balance(keys, rest)
     entry.hold = held
-    local used = tonumber(entry.prompt) + tonumber(entry.completion)
     rate_give_back(keys[RATES], request, used)
-    count_unused_tokens(keys, entry.key, behind.day, tonumber(behind.tokens) - used)
+    count_tokens(keys, entry.key, behind.day, math.min(used - tonumber(behind.tokens), 0))
     count_spend(keys, entry.key, behind.day, minus(rest))
   else
     local refused = post_late(keys, account, entry)
     if refused then
       return refused
     end
-    count_spend(keys, entry.key, day_name(now_ms()), entry.amount)
+    local today = day_name(now_ms())
+    count_tokens(keys, entry.key, today, used)
+    count_spend(keys, entry.key, today, entry.amount)
     seq = tonumber(redis.call('HGET', keys[ACCOUNT], 'seq')) + 1
     redis.call('HSET', keys[ENDED], request, 'post ' .. entry.amount .. ' ' .. whole(seq))
   end

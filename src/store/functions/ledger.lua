@@ -71,6 +71,33 @@ local function look_at(keys)
   return nil, false, account
 end
 
+-- Whether an account's field would leave 64 bits with so much more in it.
+local function overflows(keys, field, amount)
+  local sum = redis.pcall('HINCRBY', keys[ACCOUNT], field, amount)
+  if type(sum) == 'table' and sum.err then
+    return true
+  end
+  redis.call('HINCRBY', keys[ACCOUNT], field, minus(amount))
+  return false
+end
+
+-- Whether so much more may come in: all that a tenant could ever have to spend must be an amount, also when every
+-- hold is released and every charge given back, because neither of them can be refused then.
+local function has_room_for(keys, account, amount)
+  redis.call('HSET', keys[ACCOUNT], 'room', account.granted)
+  local parts, fits = {account.adjusted, account.credit, amount}, true
+  -- What takes away first, so that nothing overflows on the way that would not in the end.
+  table.sort(parts, function(a, b)
+    return string.sub(a, 1, 1) == '-' and string.sub(b, 1, 1) ~= '-'
+  end)
+  for _, part in ipairs(parts) do
+    local sum = redis.pcall('HINCRBY', keys[ACCOUNT], 'room', part)
+    fits = fits and not (type(sum) == 'table' and sum.err)
+  end
+  redis.call('HDEL', keys[ACCOUNT], 'room')
+  return fits
+end
+
 -- The balance and what may be spent of it, which is the credit line more.
 local function move_balance(keys, amount)
   redis.call('HINCRBY', keys[ACCOUNT], 'balance', amount)
@@ -183,7 +210,7 @@ end
 -- Money that a person moves. Arguments: tenant, reference, amount, note, and for a refund its request.
 local function grant(keys, args)
   local ask = named(args, {'tenant', 'reference', 'amount', 'note'})
-  local fault, absent = look_at(keys)
+  local fault, absent, account = look_at(keys)
   if fault then
     return fault
   end
@@ -198,18 +225,11 @@ local function grant(keys, args)
   if before then
     return before
   end
-  -- What may be spent can overflow by this and by the credit line alone; whatever else a tenant has or had was
-  -- granted to it.
-  local added = redis.pcall('HINCRBY', keys[ACCOUNT], 'granted', ask.amount)
-  if type(added) == 'table' and added.err then
+  if overflows(keys, 'granted', ask.amount) or not has_room_for(keys, account, ask.amount) then
     return {'overflow'}
   end
-  local available = redis.pcall('HINCRBY', keys[ACCOUNT], 'available', ask.amount)
-  if type(available) == 'table' and available.err then
-    redis.call('HINCRBY', keys[ACCOUNT], 'granted', minus(ask.amount))
-    return {'overflow'}
-  end
-  redis.call('HINCRBY', keys[ACCOUNT], 'balance', ask.amount)
+  redis.call('HINCRBY', keys[ACCOUNT], 'granted', ask.amount)
+  move_balance(keys, ask.amount)
   redis.call('HSET', keys[ENDED], once, what)
   local entry = append(keys, {
     kind = 'grant', reference = ask.reference, tenant = ask.tenant, amount = ask.amount, note = ask.note,
@@ -221,7 +241,7 @@ end
 -- A correction, up or down.
 local function adjust(keys, args)
   local ask = named(args, {'tenant', 'reference', 'amount', 'note'})
-  local fault, absent = look_at(keys)
+  local fault, absent, account = look_at(keys)
   if fault then
     return fault
   end
@@ -236,21 +256,16 @@ local function adjust(keys, args)
   if before then
     return before
   end
-  local adjusted = redis.pcall('HINCRBY', keys[ACCOUNT], 'adjusted', ask.amount)
-  if type(adjusted) == 'table' and adjusted.err then
+  local is_less = string.sub(ask.amount, 1, 1) == '-'
+  if overflows(keys, 'adjusted', ask.amount) or overflows(keys, 'available', ask.amount)
+    or overflows(keys, 'balance', ask.amount) or not (is_less or has_room_for(keys, account, ask.amount)) then
     return {'overflow'}
   end
-  local available = redis.pcall('HINCRBY', keys[ACCOUNT], 'available', ask.amount)
-  if type(available) == 'table' and available.err then
-    redis.call('HINCRBY', keys[ACCOUNT], 'adjusted', minus(ask.amount))
-    return {'overflow'}
+  if move_balance(keys, ask.amount) < 0 and is_less then
+    move_balance(keys, minus(ask.amount))
+    return {'insufficient', account.balance}
   end
-  if available < 0 and string.sub(ask.amount, 1, 1) == '-' then
-    redis.call('HINCRBY', keys[ACCOUNT], 'available', minus(ask.amount))
-    redis.call('HINCRBY', keys[ACCOUNT], 'adjusted', minus(ask.amount))
-    return {'insufficient', redis.call('HGET', keys[ACCOUNT], 'balance')}
-  end
-  redis.call('HINCRBY', keys[ACCOUNT], 'balance', ask.amount)
+  redis.call('HINCRBY', keys[ACCOUNT], 'adjusted', ask.amount)
   redis.call('HSET', keys[ENDED], once, what)
   local entry = append(keys, {
     kind = 'adjust', reference = ask.reference, tenant = ask.tenant, amount = ask.amount, note = ask.note,
@@ -283,9 +298,15 @@ local function refund(keys, args)
     return {'not_charged'}
   end
   local refundable = 'refundable ' .. ask.request
-  redis.call('HSETNX', keys[ENDED], refundable, charged)
-  if redis.call('HINCRBY', keys[ENDED], refundable, minus(ask.amount)) < 0 then
-    return {'exceeds_charge', whole(redis.call('HINCRBY', keys[ENDED], refundable, ask.amount))}
+  local is_first = redis.call('HSETNX', keys[ENDED], refundable, charged) == 1
+  local is_more = redis.call('HINCRBY', keys[ENDED], refundable, minus(ask.amount)) < 0
+  if is_more or overflows(keys, 'available', ask.amount) then
+    redis.call('HINCRBY', keys[ENDED], refundable, ask.amount)
+    local left = redis.call('HGET', keys[ENDED], refundable)
+    if is_first then
+      redis.call('HDEL', keys[ENDED], refundable)
+    end
+    return {is_more and 'exceeds_charge' or 'overflow', left}
   end
   redis.call('HINCRBY', keys[ACCOUNT], 'refunded', ask.amount)
   move_balance(keys, ask.amount)
@@ -314,12 +335,13 @@ local function credit(keys, args)
   if ask.amount == account.credit then
     return {'repeated', account.balance}
   end
-  redis.call('HINCRBY', keys[ACCOUNT], 'available', minus(account.credit))
-  local available = redis.pcall('HINCRBY', keys[ACCOUNT], 'available', ask.amount)
-  if type(available) == 'table' and available.err then
-    redis.call('HINCRBY', keys[ACCOUNT], 'available', account.credit)
+  local before = account.credit
+  account.credit = '0'
+  if not has_room_for(keys, account, ask.amount) then
     return {'overflow'}
   end
+  redis.call('HINCRBY', keys[ACCOUNT], 'available', minus(before))
+  redis.call('HINCRBY', keys[ACCOUNT], 'available', ask.amount)
   redis.call('HSET', keys[ACCOUNT], 'credit', ask.amount)
   local entry = append(keys, {kind = 'credit', tenant = ask.tenant, amount = ask.amount, note = ask.note})
   watch_balance(keys)
@@ -375,7 +397,7 @@ local function standing(keys, args)
     redis.call('HMGET', beside(keys, 'key:' .. args[1]), unpack(LIMIT_FIELDS)),
     {day, whole(ms_left_of_day(now)), whole(ms_left_of_month(now)), whole(now)},
   }
-  for _, party in ipairs((parties_of(keys, args[1], {}, {}, now))) do
+  for _, party in ipairs(parties_of(keys, args[1], {}, {}, day)) do
     local told = {
       whole(party.open), whole(party.requests_day), whole(party.tokens_day), whole(party.spend_per_day),
       whole(party.spend_per_month),

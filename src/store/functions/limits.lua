@@ -45,9 +45,9 @@ local function limits_from(own, tier)
   return limits
 end
 
--- Those who have limits: the tenant and the key, each with what it has used.
-local function parties_of(keys, key, tenant_limits, key_limits, now)
-  local day, month = day_name(now), string.sub(day_name(now), 1, 6)
+-- Those who have limits: the tenant and the key, each with what it has used on a day and in its month.
+local function parties_of(keys, key, tenant_limits, key_limits, day)
+  local month = string.sub(day, 1, 6)
   local parties = {
     {who = 't', label = 'tenant', limits = tenant_limits, open = redis.call('HLEN', keys[HOLDS])},
     {
@@ -63,7 +63,7 @@ local function parties_of(keys, key, tenant_limits, key_limits, now)
     party.spend_per_day = tonumber(of_day[3] or '0')
     party.spend_per_month = tonumber(redis.call('HGET', beside(keys, 'period:' .. month), who .. ':spend') or '0')
   end
-  return parties, day
+  return parties
 end
 
 -- Which limit of requests at a time is in the way.
@@ -176,11 +176,11 @@ local function count_spend(keys, key, day, amount)
   redis.call('EXPIRE', of_month, MONTH_KEPT_SECONDS)
 end
 
-local function count_unused_tokens(keys, key, day, unused)
-  if unused > 0 then
+local function count_tokens(keys, key, day, tokens)
+  if tokens ~= 0 then
     local of_day = beside(keys, 'period:' .. day)
-    redis.call('HINCRBY', of_day, 't:tokens', whole(-unused))
-    redis.call('HINCRBY', of_day, 'k:' .. key .. ':tokens', whole(-unused))
+    redis.call('HINCRBY', of_day, 't:tokens', whole(tokens))
+    redis.call('HINCRBY', of_day, 'k:' .. key .. ':tokens', whole(tokens))
     redis.call('EXPIRE', of_day, DAY_KEPT_SECONDS)
   end
 end

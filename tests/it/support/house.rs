@@ -68,7 +68,11 @@ impl House {
 
     /// Makes a hold look as if nobody had renewed it for long.
     pub async fn let_lease_run_out(&self, request: &RequestId) {
-        let key = lightcone::store::keys::hold_leases(&self.tenant);
+        self.let_lease_of_run_out(&self.tenant, request).await;
+    }
+
+    pub async fn let_lease_of_run_out(&self, tenant: &TenantId, request: &RequestId) {
+        let key = lightcone::store::keys::hold_leases(tenant);
         let mut raw = self.valkey.raw().await;
         redis::cmd("ZADD").arg(key).arg("XX").arg(1).arg(request.as_str()).exec_async(&mut raw).await.expect("ZADD");
     }
