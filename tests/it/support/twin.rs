@@ -421,7 +421,9 @@ impl Twin {
     pub fn sweep(&mut self, most: usize) -> Outcome {
         let lapsed = self.holds.iter().filter(|(_, hold)| hold.lapsed).map(|(request, _)| request.clone());
         let lapsed: Vec<String> = lapsed.take(most).collect();
-        lapsed.iter().for_each(|request| drop(self.release(request, true)));
+        for request in &lapsed {
+            let _ = self.release(request, true);
+        }
         Outcome::Swept(lapsed.len())
     }
 
