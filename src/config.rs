@@ -34,6 +34,7 @@ pub struct Config {
     pub limits: Limits,
     #[serde(default)]
     pub tiers: BTreeMap<String, Limits>,
+    pub webhooks: Webhooks,
     pub relay: Relay,
     pub engine: Engine,
     pub models: BTreeMap<ModelId, Model>,
@@ -123,6 +124,9 @@ pub struct Ledger {
     pub step_tokens: u32,
     pub bootstrap_balance_usd: String,
     pub receipt_key_file: PathBuf,
+    pub verify_seconds: u64,
+    pub archive_months: u32,
+    pub archive_dir: PathBuf,
 }
 
 /// What tenants of one tier may do.
@@ -145,6 +149,15 @@ pub enum ServiceTier {
     Flex,
     Default,
     Priority,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Webhooks {
+    pub enabled: bool,
+    pub allow_private: bool,
+    pub attempts_max: u32,
+    pub timeout_ms: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -281,6 +294,12 @@ pub fn check_price(price: Price, is_free: bool) -> Result<Price, PriceFault> {
 }
 
 impl Config {
+    /// Where archives of the ledger lie.
+    pub fn archive_dir(&self) -> PathBuf {
+        let given = &self.ledger.archive_dir;
+        if given.as_os_str().is_empty() { self.node.data_dir.join("archive") } else { given.clone() }
+    }
+
     /// The prices that this configuration states, which hold until others are published.
     pub fn price_list(&self) -> Result<PriceList, PriceFault> {
         let price = |(id, model): (&ModelId, &Model)| Ok((id.clone(), model.price()?));

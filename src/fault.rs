@@ -42,12 +42,18 @@ pub const POINTS: &[&str] = &[
     "ledger.settle.answered",
     "ledger.release.asked",
     "ledger.release.answered",
+    "ledger.volume.begun",
+    "ledger.volume.written",
+    "ledger.manifest.written",
+    "ledger.trim.asked",
+    "ledger.trim.answered",
     "journal.begin.written",
     "journal.progress.written",
     "journal.ended.written",
     "journal.ended.synced",
     "journal.closed.written",
     "journal.compacted",
+    "webhooks.deliver.answered",
 ];
 
 const VARIABLE: &str = "LIGHTCONE_FAULT";

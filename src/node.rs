@@ -26,7 +26,7 @@ pub use wait::shutdown_signal;
 
 use crate::{
     admission::{Admission, Guard, GuardLimits, LimitKind, Limits, Tier, Tiers},
-    cluster::{self, Cluster, ClusterContext, ClusterError, PoolStatus, RecoveryError},
+    cluster::{self, ArchivePlan, Cluster, ClusterContext, ClusterError, PoolStatus, RecoveryError, Upkeep},
     config::{self, AppendFsync, Config, PriceFault, Role, ServiceTier},
     domain::{ModelId, NanoUsd, NodeId, Priority},
     edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
@@ -44,6 +44,7 @@ use crate::{
         embedded::{EmbeddedError, EmbeddedServer, Fsync},
     },
     telemetry::Metrics,
+    webhooks::{self, Dispatcher},
 };
 
 /// Why a node did not start, or ended.
@@ -108,6 +109,8 @@ pub struct Node {
     address: Option<SocketAddr>,
     bootstrap: Option<Bootstrap>,
     edge: Option<EdgeHandle>,
+    /// Where there is an edge, and it is wanted here.
+    webhooks: Option<Dispatcher>,
     cluster: Cluster,
     relay: Option<Relay>,
     embedded: Option<EmbeddedServer>,
@@ -145,9 +148,11 @@ impl Node {
         };
         let (embedded, url) = start_store(&config).await?;
         let store = Store::connect(&url, Duration::from_millis(config.store.command_ms_max)).await?;
-        let ledger = Ledger::new(store.clone(), Duration::from_millis(config.ledger.hold_lease_ms));
+        let ledger = Ledger::new(store.clone(), Duration::from_millis(config.ledger.hold_lease_ms))
+            .with_archive(config.archive_dir());
+        let accounts = Accounts::new(store.clone(), ledger.clone());
         let bootstrap = match role {
-            Role::All => Some(bootstrap(&config, &store, &ledger).await?),
+            Role::All => Some(bootstrap(&config, &accounts.acting_as("a node that started")).await?),
             Role::Edge | Role::Worker => None,
         };
         let receipts = Receipts::open(&store, config.ledger.receipt_key_file()).await?;
@@ -193,6 +198,7 @@ impl Node {
             metrics: Arc::clone(&metrics),
             claim_lease,
             sweep: Duration::from_millis(config.ledger.sweep_ms),
+            upkeep: upkeep(&config),
             models: config.models.keys().cloned().collect(),
         };
         let pools = match role {
@@ -205,6 +211,7 @@ impl Node {
             address: None,
             bootstrap,
             edge: None,
+            webhooks: None,
             cluster,
             relay,
             embedded,
@@ -216,10 +223,16 @@ impl Node {
             return Err(error.into());
         }
         if let (Some(listener), Some(hub)) = (http, hub) {
-            match started.open_edge(listener, hub, &models, Rooms { store, ledger, queue, receipts }).await {
+            match started
+                .open_edge(listener, hub, &models, Rooms { store: store.clone(), ledger, queue, receipts })
+                .await
+            {
                 Ok(edge) => {
                     started.address = Some(edge.address);
                     started.edge = Some(edge);
+                    let config = &started.config.webhooks;
+                    let dispatcher = || Dispatcher::start(store, webhook_settings(config), Arc::clone(&metrics));
+                    started.webhooks = config.enabled.then(dispatcher);
                 }
                 Err(error) => {
                     started.stop(Duration::ZERO).await;
@@ -266,6 +279,9 @@ impl Node {
         if let Some(edge) = self.edge {
             edge.stop(STREAMS_CLOSE_MAX.min(grace)).await;
         }
+        if let Some(webhooks) = self.webhooks {
+            webhooks.stop(WEBHOOKS_CLOSE_MAX.min(grace)).await;
+        }
         if let Some(relay) = self.relay {
             relay.stop.cancel();
             relay.tasks.close();
@@ -290,6 +306,8 @@ impl Node {
             prompts: models.prompts(config)?,
             prices: Prices::new(store.clone(), config.price_list()?),
             wait_max: Duration::from_millis(config.queue.wait_ms_max),
+            accounts: Accounts::new(store.clone(), ledger.clone()),
+            private_webhooks: self.config.webhooks.allow_private,
             admission: Admission::new(store.clone(), ledger.hold_lease())
                 .with_tiers(tiers(config)?)
                 .with_step(config.ledger.step_tokens),
@@ -305,6 +323,13 @@ impl Node {
         };
         Ok(tokio::task::spawn_blocking(move || edge::spawn(spec, listener)).await??)
     }
+}
+
+fn upkeep(config: &Config) -> Upkeep {
+    let (verify, months) = (config.ledger.verify_seconds, config.ledger.archive_months);
+    let archives = config.node.role == Role::All && months > 0;
+    let plan = || ArchivePlan { folder: config.archive_dir(), months };
+    Upkeep { verify: (verify > 0).then(|| Duration::from_secs(verify)), archive: archives.then(plan) }
 }
 
 /// The configured sets of limits.
@@ -357,6 +382,12 @@ async fn bury_left_over(config: &Config, queue: &Queue, ledger: &Ledger) -> Resu
     Ok(())
 }
 
+/// How events are delivered, as configured.
+pub fn webhook_settings(config: &config::Webhooks) -> webhooks::Settings {
+    let timeout = Duration::from_millis(config.timeout_ms);
+    webhooks::Settings::new(config.allow_private, config.attempts_max, timeout)
+}
+
 fn retention(edge: &crate::config::Edge) -> Retention {
     let hours = |hours: u64| Duration::from_secs(hours * 3600);
     Retention { records: hours(edge.record_hours), once: hours(edge.idempotency_hours) }
@@ -367,6 +398,9 @@ const JOURNALS: &str = "journal";
 
 /// Streams that were told of their end get this long to say so to their clients.
 const STREAMS_CLOSE_MAX: Duration = Duration::from_secs(1);
+
+/// A webhook under way gets this long to be answered; otherwise it is sent again later.
+const WEBHOOKS_CLOSE_MAX: Duration = Duration::from_secs(2);
 
 fn listen(address: SocketAddr) -> Result<TcpListener, NodeError> {
     let bind = || {
@@ -398,9 +432,8 @@ pub async fn embedded(config: &Config) -> Result<EmbeddedServer, NodeError> {
 }
 
 /// The development tenant and the key files, where the store has no tenant yet.
-pub async fn bootstrap(config: &Config, store: &Store, ledger: &Ledger) -> Result<Bootstrap, NodeError> {
+pub async fn bootstrap(config: &Config, accounts: &Accounts) -> Result<Bootstrap, NodeError> {
     let balance: NanoUsd = config.ledger.bootstrap_balance_usd.parse()?;
-    let accounts = Accounts::new(store.clone(), ledger.clone());
     Ok(accounts.bootstrap(&config.node.data_dir, balance).await?)
 }
 

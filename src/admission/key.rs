@@ -173,7 +173,7 @@ impl KeyRecord {
     }
 }
 
-fn json<T: Serialize>(value: &T) -> String {
+pub(crate) fn json<T: Serialize>(value: &T) -> String {
     serde_json::to_string(value).expect("texts serialise")
 }
 
@@ -186,11 +186,10 @@ pub(crate) fn limits_in(fields: &HashMap<String, String>) -> Result<Limits, Stri
     LimitKind::ALL.into_iter().filter_map(limit).collect()
 }
 
-/// The key that a secret is of, and from when on it no longer is.
+/// The key that a secret is, or once was, of.
 pub(crate) struct Secret {
     pub tenant: TenantId,
     pub key: KeyId,
-    pub until_unix_ms: Option<u64>,
 }
 
 pub(crate) async fn secret(store: &Store, hash: &SecretHash) -> Result<Option<Secret>, StoreError> {
@@ -200,8 +199,26 @@ pub(crate) async fn secret(store: &Store, hash: &SecretHash) -> Result<Option<Se
     }
     let damaged = |what: &str| StoreError::Damaged(format!("the record of a secret lacks {what}"));
     let text = |name: &str| fields.get(name).map(String::as_str).ok_or_else(|| damaged(name));
-    let until = fields.get("until").map(|text| text.parse().map_err(|_| damaged("a sound `until`"))).transpose()?;
-    Ok(Some(Secret { tenant: text("tenant")?.into(), key: text("key")?.into(), until_unix_ms: until }))
+    Ok(Some(Secret { tenant: text("tenant")?.into(), key: text("key")?.into() }))
+}
+
+/// Whether a key with this record is opened by the secret: the one that it has, or the one before while that is
+/// still good. The record alone decides, so that no secret that was lost sight of opens anything.
+pub(super) fn is_opened_by(
+    fields: &HashMap<String, String>,
+    hash: &SecretHash,
+    now_unix_ms: u64,
+) -> Result<bool, StoreError> {
+    let (hash, has) = (hash.to_hex(), |name: &str| fields.get(name).map(String::as_str));
+    if has("secret") == Some(&*hash) {
+        return Ok(true);
+    }
+    if has("secret_before") != Some(&*hash) {
+        return Ok(false);
+    }
+    let until = has("before_until").and_then(|text| text.parse::<u64>().ok());
+    let until = until.ok_or_else(|| StoreError::Damaged("API key record: no sound `before_until`".to_owned()))?;
+    Ok(now_unix_ms < until)
 }
 
 pub(crate) async fn load(store: &Store, tenant: &TenantId, key: &KeyId) -> Result<Option<KeyRecord>, StoreError> {

@@ -122,6 +122,9 @@ pub struct Tier {
     pub priority_max: Priority,
 }
 
+/// What persons call the tier without a name.
+const STANDARD: &str = "standard";
+
 /// Tiers by name. The one without a name is that of all who were given no other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tiers {
@@ -130,6 +133,21 @@ pub struct Tiers {
 }
 
 impl Tiers {
+    /// What tenants of the tier that a person calls `name` have written down: nothing for the standard one.
+    pub fn find(&self, name: &str) -> Option<&str> {
+        match self.named.get_key_value(name) {
+            Some((name, _)) => Some(name),
+            None => ["", STANDARD].contains(&name).then_some(""),
+        }
+    }
+
+    /// All of them, by what persons call them.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tier)> {
+        let standard = if self.named.contains_key(STANDARD) { "" } else { STANDARD };
+        let named = self.named.iter().map(|(name, tier)| (name.as_str(), tier));
+        std::iter::once((standard, &self.standard)).chain(named)
+    }
+
     pub fn get(&self, name: &str) -> Option<&Tier> {
         if name.is_empty() { Some(&self.standard) } else { self.named.get(name) }
     }

@@ -214,13 +214,14 @@ impl Admission {
         question.cmd("TIME");
         let answers = self.store.query_all(&question).await?;
         let (record, account, (seconds, micros)) = read_answers(answers)?;
-        let record = key::read(&record)?.ok_or(AuthError::Unknown)?;
         let now = seconds * 1000 + micros / 1000;
+        let is_opened = key::is_opened_by(&record, &hash, now)?;
+        let record = key::read(&record)?.ok_or(AuthError::Unknown)?;
         let is_over = |end: Option<u64>| end.is_some_and(|end| end <= now);
         if record.status == KeyStatus::Revoked {
             return Err(AuthError::Revoked(record.id));
         }
-        if is_over(record.expires_unix_ms) || is_over(secret.until_unix_ms) {
+        if !is_opened || is_over(record.expires_unix_ms) {
             return Err(AuthError::Expired(record.id));
         }
         match account {

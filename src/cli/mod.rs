@@ -21,7 +21,7 @@ use serde_json::Value;
 use crate::{
     catalog::CatalogError,
     config::{Config, ConfigFaults, LogFormat, Overrides},
-    ledger::ReceiptError,
+    ledger::{ArchiveError, ReceiptError},
     node::NodeError,
     telemetry::log::{self, LogStyle},
 };
@@ -91,6 +91,10 @@ enum CliError {
     Usage(String),
     #[error("the ledger does not balance")]
     Imbalance,
+    #[error("the endpoint did not take the message: {0}")]
+    NotTaken(String),
+    #[error("archive: {0}")]
+    Archive(ArchiveError),
     #[error(transparent)]
     Receipt(#[from] ReceiptError),
     #[error(transparent)]
@@ -108,7 +112,13 @@ impl CliError {
             Self::Node(error) => error.exit_code(),
             Self::Catalog(error) if error.is_usage() => 2,
             Self::Catalog(CatalogError::Model { .. }) => 5,
-            Self::Catalog(_) | Self::Quality(_) | Self::Imbalance | Self::Receipt(_) | Self::Print(_) => 1,
+            Self::Catalog(_)
+            | Self::Quality(_)
+            | Self::Imbalance
+            | Self::NotTaken(_)
+            | Self::Archive(_)
+            | Self::Receipt(_)
+            | Self::Print(_) => 1,
         }
     }
 }

@@ -65,7 +65,8 @@ pub enum Format {
 
 pub async fn run(config: Config, command: Command, output: Output) -> Result<(), CliError> {
     let access = Access::open(&config).await?;
-    let ledger = Ledger::new(access.store.clone(), Duration::from_millis(config.ledger.hold_lease_ms));
+    let ledger = Ledger::new(access.store.clone(), Duration::from_millis(config.ledger.hold_lease_ms))
+        .with_archive(config.archive_dir());
     let result = match command {
         Command::Usage { tenant, from, to, width, group_by } => {
             let width = width.parse().map_err(CliError::Usage);
@@ -135,6 +136,7 @@ async fn show_statement(ledger: &Ledger, tenant: &str, month: &str, format: Form
     let month = month.parse::<Month>().map_err(|error| CliError::Usage(error.to_string()))?;
     let statement = ledger.statement(&TenantId::from(tenant), month).await.map_err(|error| match error {
         StatementError::Store(error) => of_store(error),
+        StatementError::Archive(error) => CliError::Archive(error),
         error => CliError::Usage(error.to_string()),
     })?;
     let text = match format {

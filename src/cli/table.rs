@@ -1,5 +1,6 @@
 //! JSON for people: objects as lines of name and value, lists of objects as tables.
 
+use jiff::Timestamp;
 use serde_json::{Map, Value};
 
 use crate::domain::NanoUsd;
@@ -40,13 +41,36 @@ fn rows_of(rows: &[Value]) -> String {
     grid.iter().map(line).collect()
 }
 
-/// Money is shown in dollars, exactly; sizes in MiB.
+/// Money is shown in dollars, exactly; sizes in MiB; times as RFC 3339 has them.
 fn heading(name: &str) -> String {
-    match (name.strip_suffix("_nano_usd"), name.strip_suffix("_bytes")) {
-        (Some(what), _) => format!("{what} ($)"),
-        (_, Some(what)) => format!("{what} (MiB)"),
-        _ => name.replace('_', " "),
+    if name == "unix_ms" {
+        return "at".to_owned();
     }
+    let what = |name: &str| name.replace('_', " ");
+    match (name.strip_suffix("_nano_usd"), name.strip_suffix("_bytes"), name.strip_suffix("_unix_ms")) {
+        (Some(name), _, _) => format!("{} ($)", what(name)),
+        (_, Some(name), _) => format!("{} (MiB)", what(name)),
+        (_, _, Some(name)) => what(name),
+        _ => what(name),
+    }
+}
+
+/// A name within a cell, for what is shown.
+fn short(name: &str) -> String {
+    match (name.strip_suffix("_nano_usd"), name.strip_suffix("_unix_ms")) {
+        (Some(name), _) => format!("{name}_usd"),
+        (_, Some(name)) => name.to_owned(),
+        _ => name.to_owned(),
+    }
+}
+
+/// Limits of spend are nano-dollars too.
+fn is_money(name: &str) -> bool {
+    name.ends_with("_nano_usd") || name.starts_with("spend_per_")
+}
+
+fn time(ms: u64) -> Option<String> {
+    Some(Timestamp::from_millisecond(i64::try_from(ms).ok()?).ok()?.to_string())
 }
 
 fn cell(name: &str, value: &Value) -> String {
@@ -56,7 +80,10 @@ fn cell(name: &str, value: &Value) -> String {
         // Enough of a digest to tell two apart; JSON has all of it.
         Value::String(text) if name == "sha256" => text.chars().take(12).collect(),
         Value::String(text) => text.clone(),
-        Value::Number(number) if name.ends_with("_nano_usd") => {
+        Value::Number(number) if name.ends_with("unix_ms") => {
+            number.as_u64().and_then(time).unwrap_or_else(|| number.to_string())
+        }
+        Value::Number(number) if is_money(name) => {
             number.as_i64().map_or_else(|| number.to_string(), |nano| NanoUsd::new(nano).to_string())
         }
         Value::Number(number) if name.ends_with("_bytes") => {
@@ -67,8 +94,9 @@ fn cell(name: &str, value: &Value) -> String {
             if items.is_empty() { "none".to_owned() } else { items.join(", ") }
         }
         Value::Object(object) => {
-            let parts: Vec<_> = object.iter().map(|(name, value)| format!("{name}={}", cell(name, value))).collect();
-            parts.join(" ")
+            let part = |(name, value): (&String, &Value)| format!("{}={}", short(name), cell(name, value));
+            let parts: Vec<_> = object.iter().map(part).collect();
+            if parts.is_empty() { "none".to_owned() } else { parts.join(" ") }
         }
         other => other.to_string(),
     }
@@ -89,5 +117,9 @@ mod tests {
         assert_eq!(render(&json!([])), "none\n");
         let file = render(&json!({ "size_bytes": 1_572_864, "sha256": "0123456789abcdef" }));
         assert_eq!(file, "size (MiB)  1.5\nsha256      0123456789ab\n");
+        let key = render(
+            &json!({ "created_unix_ms": 1_763_769_600_000_u64, "limits": { "spend_per_day": 5_000_000_000_u64 } }),
+        );
+        assert_eq!(key, "created  2025-11-22T00:00:00Z\nlimits   spend_per_day=5.000000000\n");
     }
 }

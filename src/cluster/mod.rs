@@ -10,6 +10,7 @@ mod confirm;
 mod duties;
 mod flights;
 mod pool;
+mod reconcile;
 mod recovery;
 mod restart;
 mod root;
@@ -26,6 +27,7 @@ use ractor::{Actor, ActorRef};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use reconcile::{ArchivePlan, Upkeep};
 pub use recovery::{Recovered, RecoveryError, settle_left_over};
 pub use restart::RestartPolicy;
 pub use station::PoolStatus;
@@ -59,6 +61,7 @@ pub struct ClusterContext {
     pub claim_lease: Duration,
     /// How often expired claims and holds of all `models` are looked for.
     pub sweep: Duration,
+    pub upkeep: Upkeep,
     /// Every model of the cluster, also those that this node does not run.
     pub models: Vec<ModelId>,
 }
@@ -102,7 +105,7 @@ impl Cluster {
     /// Starts the tree and its duties; models load in the background.
     pub async fn start(context: ClusterContext, pools: Vec<PoolSpec>) -> Result<Self, ClusterError> {
         let ClusterContext { node, queue, ledger, outlet, orders, journal, journals, .. } = context;
-        let ClusterContext { metrics, claim_lease, sweep, models, .. } = context;
+        let ClusterContext { metrics, claim_lease, sweep, upkeep, models, .. } = context;
         let cashier = Cashier::new(
             queue.clone(),
             ledger.clone(),
@@ -140,6 +143,21 @@ impl Cluster {
         tasks.spawn(duties::forever("obey", working.clone(), obey));
         let recovering = (queue.clone(), ledger.clone(), Arc::clone(&metrics));
         let (models, by): (Arc<[_]>, _) = (models.into(), cashier.clone());
+        if let Some(pass) = upkeep.verify {
+            let (of, by, with) = (ledger.clone(), node.clone(), Arc::clone(&metrics));
+            let verify = move || reconcile::verify(of.clone(), by.clone(), Arc::clone(&with), pass);
+            tasks.spawn(duties::forever("verify", working.clone(), verify));
+        }
+        if let Some(plan) = upkeep.archive {
+            let of = ledger.clone();
+            let archive = move || reconcile::archive(of.clone(), plan.clone());
+            tasks.spawn(duties::forever("archive", working.clone(), archive));
+        }
+        if let Some(journal) = journal {
+            let (of, with) = (ledger.clone(), Arc::clone(&metrics));
+            let rests = move || reconcile::rests(of.clone(), Arc::clone(&journal), Arc::clone(&with));
+            tasks.spawn(duties::forever("rests", working.clone(), rests));
+        }
         let sweep = move || {
             let (models, metrics) = (Arc::clone(&models), Arc::clone(&metrics));
             duties::sweep(models, queue.clone(), ledger.clone(), by.clone(), metrics, sweep)

@@ -7,9 +7,10 @@ use std::{
 
 use super::{pool::PoolMessage, root::RootMessage, testing::job, worker::WorkerMessage, *};
 use crate::{
-    domain::{EventBody, FinishReason, FundsEnd, Job, RequestId, StoppedBy},
+    domain::{EventBody, FinishReason, FundsEnd, Job, RequestId, StoppedBy, Usage},
     engine::{self, Backend, EngineError, EngineSpec},
     grammar::Grammars,
+    journal::{Begun, Ended},
     model::ModelFile,
     prompt::Tokenizer,
     queue::{QueueLimits, ReplyHub, ReplyStream},
@@ -28,6 +29,7 @@ struct Tree {
     queue: Queue,
     hub: ReplyHub,
     metrics: Arc<Metrics>,
+    journal: Arc<Journal>,
     cluster: Cluster,
     loads: Arc<AtomicU32>,
     tokenizer: Tokenizer,
@@ -52,18 +54,19 @@ impl Tree {
         let hub = ReplyHub::new(node.clone(), 1024, None, Arc::clone(&metrics));
         let (outlet, orders) = Outlet::new(node.clone(), Some(hub.clone()), None);
         let model = ModelId::from("model");
-        let journal = Journal::open(&folder.path().join("journal"), &node).expect("a journal");
+        let journal = Arc::new(Journal::open(&folder.path().join("journal"), &node).expect("a journal"));
         let context = ClusterContext {
             node,
             queue: queue.clone(),
             ledger: Ledger::new(store, LEASE),
             outlet,
             orders,
-            journal: Some(Arc::new(journal)),
+            journal: Some(Arc::clone(&journal)),
             journals: folder.path().join("journal"),
             metrics: Arc::clone(&metrics),
             claim_lease: LEASE,
             sweep: Duration::from_secs(60),
+            upkeep: Upkeep::default(),
             models: vec![model.clone()],
         };
         let loads = Arc::new(AtomicU32::new(0));
@@ -98,7 +101,7 @@ impl Tree {
             }),
         };
         let cluster = Cluster::start(context, vec![spec]).await.unwrap();
-        Self { _folder: folder, server, queue, hub, metrics, cluster, loads, tokenizer }
+        Self { _folder: folder, server, queue, hub, metrics, journal, cluster, loads, tokenizer }
     }
 
     async fn ask(&self, request: &str, prompt: &str, tokens: u32) -> ReplyStream {
@@ -194,5 +197,30 @@ async fn a_load_that_fails_is_tried_again_and_the_queue_waits() {
     let end = last(tree.ask("a", "well", 3).await).await;
     assert!(was_served(&end), "{end:?}");
     assert_eq!((tree.restarts(), tree.loads.load(Ordering::SeqCst)), (3, 4));
+    tree.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_ended_long_ago_and_is_still_owed_shows_until_it_is_closed() {
+    let tree = Tree::start(|_| false).await;
+    let Job { request, tenant, key, model, price, price_version, .. } = job("chatcmpl-1", "");
+    let (owner, usage) = (NodeId::generate(), Usage { prompt_tokens: 3, completion_tokens: 1, cached_tokens: 0 });
+    let begun = Begun { request, tenant, key, model, price, price_version, prompt_tokens: 3, attempt: 1, owner };
+    let request = begun.request.clone();
+    tree.journal.begin(&begun).unwrap();
+    let see = async |open: i64, rests: i64| {
+        let gauges = || (tree.metrics.journal_open_requests.get(), tree.metrics.journal_rests.get());
+        let begun = Instant::now();
+        while gauges() != (open, rests) {
+            assert!(begun.elapsed() < SOON, "{:?}", gauges());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    see(1, 0).await;
+    let ended = Ended { request: request.clone(), usage, reason: "stop".to_owned(), digest: None, unix_ms: 1 };
+    tree.journal.ended(&ended).await.unwrap();
+    see(1, 1).await;
+    tree.journal.closed(&request).unwrap();
+    see(0, 0).await;
     tree.stop().await;
 }

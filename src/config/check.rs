@@ -125,10 +125,22 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("step_tokens", Integer(0, 1 << 24)),
             ("bootstrap_balance_usd", Usd),
             ("receipt_key_file", Text),
+            ("verify_seconds", Integer(0, 366 * 86_400)),
+            ("archive_months", Integer(0, 1200)),
+            ("archive_dir", Text),
         ],
     ),
     ("limits", LIMITS),
     ("tiers", LIMITS),
+    (
+        "webhooks",
+        &[
+            ("enabled", Flag),
+            ("allow_private", Flag),
+            ("attempts_max", Integer(1, 100)),
+            ("timeout_ms", Integer(100, 60_000)),
+        ],
+    ),
     ("relay", &[("listen", Address), ("advertise", Endpoint), ("secret", Secret(16))]),
     (
         "engine",

@@ -2,7 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 use time::OffsetDateTime;
 
 const DAY_MS: u64 = 86_400_000;
@@ -38,6 +38,12 @@ impl Month {
     /// The first instant that is not in it any more.
     pub fn ends_unix_ms(self) -> u64 {
         self.begins_unix_ms() + u64::from(self.name().length(self.year)) * DAY_MS
+    }
+
+    /// So many months before it.
+    pub fn before(self, months: u32) -> Self {
+        let first = Self { year: 1970, month: 1 };
+        (0..months).fold(self, |month, _| if month <= first { first } else { Self::of(month.begins_unix_ms() - 1) })
     }
 
     fn name(self) -> time::Month {
@@ -87,6 +93,12 @@ impl fmt::Display for Day {
 impl Serialize for Month {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Month {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
     }
 }
 

@@ -319,6 +319,15 @@ impl ApiError {
         error
     }
 
+    /// What is asked for goes against what is there; `param` names the field that does.
+    pub fn conflict(code: &'static str, param: Option<&'static str>, message: impl Into<String>) -> Self {
+        let mut error = Self::new(StatusCode::CONFLICT, INVALID_REQUEST, code, message);
+        error.0.param = param.map(str::to_owned);
+        // The clients' libraries repeat a 409.
+        error.0.never_retry = true;
+        error
+    }
+
     fn unavailable(reason: &'static str, message: &str, retry_after_ms: u64) -> Self {
         let status = StatusCode::SERVICE_UNAVAILABLE;
         let mut error =
@@ -329,6 +338,13 @@ impl ApiError {
 
     pub fn store_away() -> Self {
         Self::unavailable("store_away", "The service cannot reach its store. Nothing was charged.", RETRY_STORE_MS)
+    }
+
+    /// The store went away in the middle of an operator's change.
+    pub fn change_unknown() -> Self {
+        let why = "The service cannot reach its store, and whether the change was made is not known. \
+                   Look, or ask again: the same reference never moves money twice.";
+        Self::unavailable("store_away", why, RETRY_STORE_MS)
     }
 
     pub fn draining() -> Self {
@@ -529,7 +545,7 @@ fn limit_in_words(kind: LimitKind, limit: u64) -> String {
 }
 
 /// A client's own words in an error: short, on one line.
-pub(super) fn shorten(text: &str) -> String {
+pub fn shorten(text: &str) -> String {
     shorten_to(text, 80)
 }
 

@@ -8,6 +8,7 @@
 
 mod account;
 mod address;
+mod admin;
 mod answer;
 mod auth;
 mod body;

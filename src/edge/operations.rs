@@ -9,8 +9,7 @@ use actix_web::{
 };
 
 use super::{
-    account::{balance, generations, limits, organization, statements},
-    cancel,
+    account, admin, cancel,
     dialect::{chat::Chat, completions::Completions, responses::Responses},
     endpoint,
     error::ApiError,
@@ -62,14 +61,17 @@ use Method::{Delete, Get, Head, Post};
 
 const GENERATES: &[u16] = &[400, 401, 402, 403, 404, 408, 413, 415, 422, 429, 500, 503];
 const COUNTS: &[u16] = &[400, 401, 403, 404, 408, 413, 415, 429, 500, 503];
-const FINDS: &[u16] = &[401, 403, 404, 429, 500, 503];
-const LISTS: &[u16] = &[400, 401, 403, 429, 500, 503];
-const READS: &[u16] = &[401, 403, 429, 500, 503];
-const READS_ONE: &[u16] = &[400, 401, 403, 404, 429, 500, 503];
-const SHOWS: &[u16] = &[401, 429, 500, 503];
+pub const FINDS: &[u16] = &[401, 403, 404, 429, 500, 503];
+pub const LISTS: &[u16] = &[400, 401, 403, 429, 500, 503];
+pub const SHOWS: &[u16] = &[401, 429, 500, 503];
 const SHOWS_ONE: &[u16] = &[401, 404, 429, 500, 503];
 
-pub const OPERATIONS: &[Operation] = &[
+/// All of them, in the order in which documents list them.
+pub fn all() -> impl Iterator<Item = &'static Operation> + Clone {
+    [OPERATIONS, account::OPERATIONS, admin::OPERATIONS, OF_THE_NODE].into_iter().flatten()
+}
+
+const OPERATIONS: &[Operation] = &[
     Operation::new(Post, "/v1/chat/completions", "createChatCompletion", "Answer a conversation", |route| {
         route.to(endpoint::create::<Chat>)
     })
@@ -81,6 +83,7 @@ pub const OPERATIONS: &[Operation] = &[
         route.to(stored::list_chat)
     })
     .answer(Json("ChatCompletionList"))
+    .parameters(&["limit", "after", "order", "model", "metadata"])
     .refusals(LISTS),
     Operation::new(Get, "/v1/chat/completions/{id}", "getChatCompletion", "A stored completion", |route| {
         route.to(stored::get_chat)
@@ -162,66 +165,9 @@ pub const OPERATIONS: &[Operation] = &[
     Operation::new(Get, "/v1/models/{id:.+}", "getModel", "One model", |route| route.to(models::one))
         .answer(Json("Model"))
         .refusals(SHOWS_ONE),
-    Operation::new(Get, "/v1/balance", "getBalance", "The tenant's money", |route| route.to(balance::get))
-        .answer(Json("Balance"))
-        .refusals(READS),
-    Operation::new(Get, "/v1/usage", "getUsage", "Limits with what is left of them, and what was used", |route| {
-        route.to(limits::get)
-    })
-    .answer(Json("Usage"))
-    .refusals(READS),
-    Operation::new(Get, "/v1/generations/{id}", "getGeneration", "One request, and what it cost", |route| {
-        route.to(generations::get)
-    })
-    .answer(Json("Generation"))
-    .refusals(FINDS),
-    Operation::new(Get, "/v1/generations/{id}/receipt", "getReceipt", "The same, signed", |route| {
-        route.to(generations::receipt)
-    })
-    .answer(Json("Receipt"))
-    .refusals(FINDS),
-    Operation::new(Get, "/v1/receipt-key", "getReceiptKey", "The key with which receipts are checked", |route| {
-        route.to(generations::receipt_key)
-    })
-    .answer(Json("ReceiptKey"))
-    .refusals(SHOWS),
-    Operation::new(Get, "/v1/statements/{month}", "getStatement", "A month of the tenant's ledger", |route| {
-        route.to(statements::get)
-    })
-    .answer(Json("Statement"))
-    .also(&["text/csv", "text/html"])
-    .parameters(&["format"])
-    .refusals(READS_ONE),
-    Operation::new(
-        Get,
-        "/v1/organization/usage/completions",
-        "getCompletionsUsage",
-        "What all tenants have used, for the operator",
-        |route| route.to(organization::completions),
-    )
-    .answer(Json("CompletionsUsage"))
-    .parameters(organization::PARAMETERS)
-    .refusals(LISTS),
-    Operation::new(
-        Get,
-        "/v1/organization/costs",
-        "getCosts",
-        "What all tenants were charged, for the operator",
-        |route| route.to(organization::costs),
-    )
-    .answer(Json("Costs"))
-    .parameters(&[
-        "start_time",
-        "end_time",
-        "bucket_width",
-        "cost_group_by",
-        "project_ids",
-        "api_key_ids",
-        "models",
-        "cost_limit",
-        "page",
-    ])
-    .refusals(LISTS),
+];
+
+const OF_THE_NODE: &[Operation] = &[
     Operation::new(Get, "/healthz", "healthz", "Whether the process answers", |route| route.to(status::healthz))
         .answer(Json("Health")),
     Operation::new(Head, "/healthz", "healthzHead", "The same without a body", |route| route.to(status::healthz)),
@@ -244,7 +190,7 @@ pub const OPERATIONS: &[Operation] = &[
 ];
 
 impl Operation {
-    const fn new(
+    pub const fn new(
         method: Method,
         path: &'static str,
         id: &'static str,
@@ -266,33 +212,37 @@ impl Operation {
         }
     }
 
-    const fn body(self, name: &'static str) -> Self {
+    pub const fn body(self, name: &'static str) -> Self {
         Self { body: Some(name), ..self }
     }
 
-    const fn answer(self, answer: Answer) -> Self {
+    pub const fn answer(self, answer: Answer) -> Self {
         Self { answer, ..self }
     }
 
-    const fn events(self, name: &'static str) -> Self {
+    pub const fn events(self, name: &'static str) -> Self {
         Self { events: Some(name), ..self }
     }
 
-    const fn also(self, kinds: &'static [&'static str]) -> Self {
+    pub const fn also(self, kinds: &'static [&'static str]) -> Self {
         Self { also: kinds, ..self }
     }
 
-    const fn parameters(self, names: &'static [&'static str]) -> Self {
+    pub const fn parameters(self, names: &'static [&'static str]) -> Self {
         Self { parameters: names, ..self }
     }
 
-    const fn refusals(self, refusals: &'static [u16]) -> Self {
+    pub const fn refusals(self, refusals: &'static [u16]) -> Self {
         Self { refusals, ..self }
     }
 
     /// The path as documents write it.
     pub fn documented_path(&self) -> String {
         self.path.replace(":.+}", "}")
+    }
+
+    pub fn is_admin(&self) -> bool {
+        self.path.starts_with("/v1/admin/")
     }
 
     /// Whether anybody may ask, without a key.
@@ -323,7 +273,7 @@ impl Method {
 
 /// What may be done with a path.
 pub fn allowed(path: &str) -> String {
-    let here = OPERATIONS.iter().filter(|operation| operation.path == path);
+    let here = all().filter(|operation| operation.path == path);
     let methods: BTreeSet<Method> = here.map(|operation| operation.method).collect();
     methods.into_iter().map(Method::as_str).collect::<Vec<_>>().join(", ")
 }
@@ -331,7 +281,7 @@ pub fn allowed(path: &str) -> String {
 /// Binds every path, with and without the version: the base URL of a client may or may not end in it.
 pub fn bind(app: &mut ServiceConfig) {
     let mut bound: Vec<&str> = Vec::new();
-    for Operation { path, .. } in OPERATIONS {
+    for Operation { path, .. } in all() {
         if bound.contains(path) {
             continue;
         }
@@ -344,7 +294,7 @@ pub fn bind(app: &mut ServiceConfig) {
 }
 
 fn resource(at: &str, path: &'static str) -> Resource {
-    let here = OPERATIONS.iter().filter(|operation| operation.path == path);
+    let here = all().filter(|operation| operation.path == path);
     let routes = here.map(|operation| (operation.handler)(web::method(operation.method.as_http())));
     let allow = allowed(path);
     let refused = move |http: HttpRequest| {

@@ -47,6 +47,9 @@ async fn asked(http: &HttpRequest, payload: &mut web::Payload, state: &EdgeState
     let name = body.model()?.unwrap_or(settings.default_model.as_str());
     let (model, _) = state.models.get_key_value(name).ok_or_else(|| ApiError::model_not_found(name))?;
     let model = model.clone();
+    if !principal.may_ask(&model) {
+        return Err(ApiError::permission_denied(format!("This API key may not ask the model `{model}`.")));
+    }
     Ok((body, model))
 }
 

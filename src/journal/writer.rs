@@ -15,7 +15,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
 use super::{
-    Begun, Ended, JournalError, Orphan,
+    Begun, Ended, JournalError, Orphan, Unsettled,
     book::Book,
     failed,
     file::{Folder, LogFile, journal_path, successor_path, sync, sync_folder},
@@ -155,6 +155,11 @@ impl Journal {
         self.shared.write(|book| book.close(request).into_iter().collect())?;
         fault::point("journal.closed.written");
         Ok(())
+    }
+
+    /// What was begun and not closed, in order.
+    pub fn unfinished(&self) -> Vec<Unsettled> {
+        self.shared.state.lock().book.unfinished()
     }
 
     /// Why nothing more is written; every call answers with it from then on.

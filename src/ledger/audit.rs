@@ -1,11 +1,13 @@
 //! Re-adds a tenant's ledger from its entries alone. Pure: knows no store.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
-use serde::{Deserialize, Serialize};
-
-use super::entry::{Entry, EntryKind, NO_LINK};
-use crate::domain::{KeyId, ModelId, NanoUsd, Price, TenantId};
+use super::{
+    books::{Books, Expired, OpenHold, Terms},
+    counters::{Counted, Counters},
+    entry::{Entry, EntryKind},
+};
+use crate::domain::{NanoUsd, TenantId};
 
 /// What the store says about a tenant at one instant.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -21,6 +23,8 @@ pub(super) struct Stored {
     pub seq: u64,
     /// The last entry that lies in an archive and not in the store.
     pub archived: u64,
+    /// When the last entry was written.
+    pub at: u64,
     pub link: String,
     /// Open holds.
     pub holds: HashMap<String, i64>,
@@ -32,75 +36,23 @@ pub(super) struct Stored {
     pub open: HashMap<String, i64>,
     /// Grants, settlements and so on that must not happen again.
     pub ended: u64,
-}
-
-/// A tenant's books as its entries make them, up to one of them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Books {
-    pub tenant: TenantId,
-    /// Of the last entry; 0 before the first.
-    pub seq: u64,
-    pub link: String,
-    pub unix_ms: u64,
-    pub balance: i128,
-    pub held: i128,
-    pub charged: i128,
-    pub granted: i128,
-    pub refunded: i128,
-    pub adjusted: i128,
-    pub credit: i128,
-    /// Names that persons gave to grants, refunds and adjustments: remembered for ever.
-    pub references: u64,
-    pub open: BTreeMap<String, OpenHold>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OpenHold {
-    pub amount: i64,
-    pub terms: Terms,
-}
-
-/// What a hold, its extensions, and its end have in common.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Terms {
-    pub key: KeyId,
-    pub model: ModelId,
-    pub price: Price,
-    pub price_version: String,
-}
-
-impl Terms {
-    pub(super) fn of(entry: &Entry) -> Self {
-        let Entry { key, model, price, price_version, .. } = entry.clone();
-        Self { key, model, price, price_version }
-    }
-}
-
-impl Books {
-    fn new(tenant: TenantId) -> Self {
-        Self {
-            tenant,
-            seq: 0,
-            link: NO_LINK.to_owned(),
-            unix_ms: 0,
-            balance: 0,
-            held: 0,
-            charged: 0,
-            granted: 0,
-            refunded: 0,
-            adjusted: 0,
-            credit: 0,
-            references: 0,
-            open: BTreeMap::new(),
-        }
-    }
+    /// What the archive ended with.
+    pub checkpoint: Option<String>,
+    pub counted: Counted,
 }
 
 /// Takes entries in order, then [`finish`](Self::finish)es against the account. Sums are kept in 128 bits, so
 /// that no ledger, however wrong, makes them wrap.
+#[derive(Clone)]
 pub(super) struct Audit {
     books: Books,
-    /// What the store should remember of the entries that were taken, and of an expired request also its terms.
+    /// The last entry before the first that was taken.
+    began: u64,
+    /// Entries up to this one lie in an archive only: the store has forgotten how their requests ended.
+    archived: u64,
+    /// When that was written, if there is one.
+    archived_unix_ms: Option<u64>,
+    /// How each request ended, and what happened under each reference, of the entries that were taken.
     ends: HashMap<String, End>,
     /// What may still be given back of a request that something was given back of.
     refundable: HashMap<String, i128>,
@@ -108,16 +60,18 @@ pub(super) struct Audit {
     references_before: u64,
     /// What might have been spent before the part of a charge that could not be paid was written off.
     before_write_off: Option<i128>,
-    /// Charges by hour since 1970, to be compared with what the usage counters say.
-    pub hours: BTreeMap<u64, i128>,
+    /// Of the entries that the store has.
+    pub counters: Counters,
     faults: Vec<String>,
 }
 
+#[derive(Clone)]
 struct End {
+    seq: u64,
+    /// As the store should.
     remembered: String,
-    /// Of one that may still be posted.
-    expired: Option<Terms>,
-    charged: i128,
+    /// Of a request; nothing of a reference.
+    charged: Option<i128>,
 }
 
 impl Audit {
@@ -127,16 +81,49 @@ impl Audit {
 
     /// Goes on from where an archive ended.
     pub fn after(books: Books) -> Self {
-        let references_before = books.references;
-        Self {
+        let (references_before, began) = (books.references, books.seq);
+        let mut audit = Self {
             books,
+            began,
+            archived: 0,
+            archived_unix_ms: None,
             ends: HashMap::new(),
             refundable: HashMap::new(),
             references_before,
             before_write_off: None,
-            hours: BTreeMap::new(),
+            counters: Counters::default(),
             faults: Vec::new(),
-        }
+        };
+        audit.leave_archive();
+        audit
+    }
+
+    /// What was taken until now lies in an archive; what follows is in the store.
+    pub fn leave_archive(&mut self) {
+        self.archived = self.books.seq;
+        self.archived_unix_ms = (self.books.seq > 0).then_some(self.books.unix_ms);
+        self.counters = Counters::default();
+    }
+
+    pub fn books(&self) -> Books {
+        self.books.clone().pruned()
+    }
+
+    pub fn seq(&self) -> u64 {
+        self.books.seq
+    }
+
+    pub fn faults(&self) -> &[String] {
+        &self.faults
+    }
+
+    pub fn take_faults(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.faults)
+    }
+
+    /// Until when everything lies in an archive.
+    pub fn archived_unix_ms(&self) -> Option<u64> {
+        self.archived_unix_ms
     }
 
     /// An entry that could not be read stands in its place in the sequence.
@@ -145,9 +132,15 @@ impl Audit {
         self.fault(fault);
     }
 
-    /// Fields and values that the store should remember, but for what came after entry `seq`.
+    /// Fields and values that the store should remember, but for what came after the last entry.
     pub fn remembered(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.ends.iter().map(|(name, end)| (name.as_str(), end.remembered.as_str()))
+        let ends = self.ends.iter().filter(|(_, end)| self.is_remembered(end));
+        ends.map(|(name, end)| (name.as_str(), end.remembered.as_str()))
+    }
+
+    /// References are for ever.
+    fn is_remembered(&self, end: &End) -> bool {
+        end.charged.is_none() || end.seq > self.archived
     }
 
     pub fn check_remembered(&mut self, name: &str, expected: &str, remembered: Option<&str>) {
@@ -222,11 +215,15 @@ impl Audit {
             EntryKind::Refund => {
                 let what = format!("{amount} {} {note}", entry.request);
                 self.name_once(format!("refund {}", entry.reference), what, entry);
-                let charged = self.ends.get(&entry.request).map_or(0, |end| end.charged);
-                let left = self.refundable.entry(entry.request.clone()).or_insert(charged);
-                *left -= amount;
-                if *left < 0 {
-                    self.fault(format!("entry {} gives back more of {} than it was charged", entry.seq, entry.request));
+                let charged = self.ends.get(&entry.request).map(|end| end.charged.unwrap_or(0));
+                // What a request of before was charged is not known here; see `Ledger::verify` with an archive.
+                if self.began == 0 || charged.is_some() {
+                    let left = self.refundable.entry(entry.request.clone()).or_insert(charged.unwrap_or(0));
+                    *left -= amount;
+                    if *left < 0 {
+                        let request = &entry.request;
+                        self.fault(format!("entry {} gives back more of {request} than it was charged", entry.seq));
+                    }
                 }
                 self.books.refunded += amount;
                 self.books.balance += amount;
@@ -242,8 +239,11 @@ impl Audit {
                 }
                 self.books.held -= i128::from(held);
                 self.books.balance += amount;
-                let expired = matches!(entry.note.as_str(), "expired" | "worker_lost").then(|| Terms::of(entry));
-                self.end_once(entry, format!("release {} {}", entry.note, entry.seq), expired, 0);
+                if matches!(entry.note.as_str(), "expired" | "worker_lost") {
+                    let expired = Expired { unix_ms: entry.unix_ms, terms: Terms::of(entry) };
+                    self.books.expired.insert(entry.request.clone(), expired);
+                }
+                self.end_once(entry, format!("release {} {}", entry.note, entry.seq), 0);
             }
         }
     }
@@ -262,7 +262,9 @@ impl Audit {
             }
             None => {
                 let again = self.ends.contains_key(&entry.request);
-                self.books.open.insert(entry.request.clone(), OpenHold { amount: entry.amount.nano(), terms });
+                let hold = OpenHold { amount: entry.amount.nano(), unix_ms: entry.unix_ms, terms };
+                self.books.open.insert(entry.request.clone(), hold);
+                self.counters.admit(entry);
                 (extends || again).then_some("extends or repeats a hold that is not open")
             }
         };
@@ -275,22 +277,25 @@ impl Audit {
         self.check_cost(entry);
         let amount = i128::from(entry.amount.nano());
         self.books.charged += amount;
-        *self.hours.entry(entry.unix_ms / 3_600_000).or_default() += amount;
         let remembered = format!("post {amount} {}", entry.seq);
-        let expired = self.ends.get(&entry.request).and_then(|end| end.expired.clone());
-        if let Some(terms) = expired.filter(|_| !self.books.open.contains_key(&entry.request)) {
-            if terms != Terms::of(entry) || entry.hold != NanoUsd::ZERO {
-                self.fault(format!("entry {} has other terms than the hold that expired", entry.seq));
+        let is_open = self.books.open.contains_key(&entry.request);
+        if let Some(expired) = self.books.expired.remove(&entry.request).filter(|_| !is_open) {
+            let in_time = Books::may_be_late(expired.unix_ms, entry.unix_ms);
+            if expired.terms != Terms::of(entry) || entry.hold != NanoUsd::ZERO || !in_time {
+                self.fault(format!("entry {} has other terms than the hold that expired, or is too late", entry.seq));
             }
             self.books.balance -= amount;
-            self.ends.insert(entry.request.clone(), End { remembered, expired: None, charged: amount });
+            self.counters.charge(entry, entry.unix_ms);
+            let end = End { seq: entry.seq, remembered, charged: Some(amount) };
+            self.ends.insert(entry.request.clone(), end);
             return;
         }
         // The store had lost its hold.
         let is_unheld = entry.reference == "unheld" && entry.hold == NanoUsd::ZERO;
-        if is_unheld && !self.books.open.contains_key(&entry.request) {
+        if is_unheld && !is_open {
             self.books.balance -= amount;
-            return self.end_once(entry, remembered, None, amount);
+            self.counters.charge(entry, entry.unix_ms);
+            return self.end_once(entry, remembered, amount);
         }
         match self.close(entry) {
             Some(hold) => {
@@ -299,11 +304,15 @@ impl Audit {
                 }
                 self.books.balance += i128::from(hold.amount) - amount;
                 self.books.held -= i128::from(hold.amount);
+                self.counters.charge(entry, hold.unix_ms);
             }
             // Money was taken that nothing had set aside: count it, so that it shows in the sums.
-            None => self.books.balance -= amount,
+            None => {
+                self.books.balance -= amount;
+                self.counters.charge(entry, entry.unix_ms);
+            }
         }
-        self.end_once(entry, remembered, None, amount);
+        self.end_once(entry, remembered, amount);
     }
 
     /// Compares with the account. Answers the imbalance (grants + adjustments − balance − open holds − charges +
@@ -330,8 +339,13 @@ impl Audit {
                 self.fault(format!("the account's {name} is {stored} where the entries make it {readded}"));
             }
         }
+        for fault in self.counters.check_periods(&self.books, &stored.counted, self.archived_unix_ms) {
+            self.fault(fault);
+        }
         self.check_open(stored);
-        let ended = self.ends.len() as u64 + self.refundable.len() as u64 + self.references_before;
+        let is_remembered = |request: &String| self.ends.get(request).is_none_or(|end| self.is_remembered(end));
+        let refundable = self.refundable.keys().filter(|request| is_remembered(request)).count() as u64;
+        let ended = self.remembered().count() as u64 + refundable + self.references_before;
         if stored.ended != ended {
             self.fault(format!("{} ends are remembered where the entries have {ended}", stored.ended));
         }
@@ -378,15 +392,16 @@ impl Audit {
         Some(hold)
     }
 
-    fn end_once(&mut self, entry: &Entry, remembered: String, expired: Option<Terms>, charged: i128) {
-        if self.ends.insert(entry.request.clone(), End { remembered, expired, charged }).is_some() {
+    fn end_once(&mut self, entry: &Entry, remembered: String, charged: i128) {
+        let end = End { seq: entry.seq, remembered, charged: Some(charged) };
+        if self.ends.insert(entry.request.clone(), end).is_some() {
             self.fault(format!("entry {} ends {} a second time", entry.seq, entry.request));
         }
     }
 
     fn name_once(&mut self, name: String, what: String, entry: &Entry) {
         self.books.references += 1;
-        if self.ends.insert(name, End { remembered: what, expired: None, charged: 0 }).is_some() {
+        if self.ends.insert(name, End { seq: entry.seq, remembered: what, charged: None }).is_some() {
             self.fault(format!("entry {} happens a second time under the name {}", entry.seq, entry.reference));
         }
     }
@@ -397,7 +412,7 @@ impl Audit {
         }
     }
 
-    fn fault(&mut self, fault: String) {
+    pub fn fault(&mut self, fault: String) {
         self.faults.push(format!("{}: {fault}", self.books.tenant));
     }
 }

@@ -2,7 +2,12 @@
 
 use uuid::Uuid;
 
-use super::{Entry, EntryKind, Ledger, LedgerError, audit::Terms, entry};
+use super::{
+    Entry, EntryKind, Ledger, LedgerError,
+    archive::{CLOCKS_OFF_MS, Found},
+    books::Terms,
+    entry,
+};
 use crate::{
     domain::{NanoUsd, Price, RequestId, TenantId},
     store::{StoreError, keys},
@@ -38,9 +43,76 @@ pub enum GenerationState {
     },
 }
 
+/// Entries read at a time.
+const PAGE: usize = 1000;
+
 impl Ledger {
-    /// A request of a tenant's; nothing where there is none.
+    /// A request of a tenant's; nothing where there is none. One that ended in an archived month is looked for in the
+    /// files, and [`LedgerError::Archived`] where those are not here.
     pub async fn generation(&self, tenant: &TenantId, request: &RequestId) -> Result<Option<Generation>, LedgerError> {
+        match self.generation_in_store(tenant, request).await {
+            // Nothing is known of it any more, or it was archived between two questions.
+            Ok(None) | Err(LedgerError::Archived(_)) => self.generation_in_archive(tenant, request).await,
+            found => found,
+        }
+    }
+
+    async fn generation_in_archive(
+        &self,
+        tenant: &TenantId,
+        request: &RequestId,
+    ) -> Result<Option<Generation>, LedgerError> {
+        let Some(came) = named_at(request) else { return Ok(None) };
+        let Some(checkpoint) = self.archived(tenant).await? else { return Ok(None) };
+        if came > checkpoint.books.unix_ms.saturating_add(CLOCKS_OFF_MS) {
+            return Ok(None);
+        }
+        let is_elsewhere = || LedgerError::Archived(request.clone());
+        let archive = self.archive.as_ref().ok_or_else(is_elsewhere)?;
+        let of = request.clone();
+        let found = archive.read(tenant, &checkpoint, move |archive| archive.find(&of, came)).await?;
+        let Some(Found { entry, mut refunded, written_off }) = found.ok_or_else(is_elsewhere)? else { return Ok(None) };
+        let terms = Terms::of(&entry);
+        let entry = Box::new(entry);
+        let state = match entry.kind {
+            EntryKind::Release => GenerationState::Released { entry },
+            _ => {
+                let since = self.refunded_since(tenant, request, checkpoint.books.seq, checkpoint.books.refunded);
+                refunded = refunded.checked_add(since.await?)?;
+                GenerationState::Charged { entry, refunded, written_off }
+            }
+        };
+        Ok(Some(Generation { request: request.clone(), created_unix_ms: Some(came), terms, state }))
+    }
+
+    /// What was given back of a request after the last entry that is archived.
+    async fn refunded_since(
+        &self,
+        tenant: &TenantId,
+        request: &RequestId,
+        mut after: u64,
+        refunded: i128,
+    ) -> Result<NanoUsd, LedgerError> {
+        let mut sum = NanoUsd::ZERO;
+        if i128::from(self.balance(tenant).await?.refunded.nano()) == refunded {
+            return Ok(sum);
+        }
+        loop {
+            let page = self.entries(tenant, after, PAGE).await?;
+            let Some(last) = page.last() else { return Ok(sum) };
+            after = last.seq;
+            let is_refund = |entry: &&Entry| entry.kind == EntryKind::Refund && entry.request == request.as_str();
+            for refund in page.iter().filter(is_refund) {
+                sum = sum.checked_add(refund.amount)?;
+            }
+        }
+    }
+
+    async fn generation_in_store(
+        &self,
+        tenant: &TenantId,
+        request: &RequestId,
+    ) -> Result<Option<Generation>, LedgerError> {
         // Other names of the same table: those of grants, refunds and so on.
         if request.as_str().contains(' ') {
             return Ok(None);

@@ -6,10 +6,13 @@
 //! leases: what nobody renews is released. Never computes with floats, never charges more than was held, and never
 //! takes an amount that it cannot read for zero.
 
+mod archive;
 mod audit;
+mod books;
 mod clock;
+mod counters;
 mod entry;
-mod funds;
+pub(crate) mod funds;
 mod generation;
 mod prices;
 mod receipt;
@@ -18,14 +21,15 @@ mod statement;
 mod usage;
 mod verify;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
 
-pub use audit::{Books, Terms};
+pub use archive::{ArchiveError, Archived, Volume, read as read_archive};
+pub use books::{Books, Terms};
 pub use entry::{Account, Entry, EntryKind, Movement, NO_LINK};
-pub use funds::{Moved, Refund};
+pub use funds::{Moved, Refund, TEXT_CHARACTERS_MAX};
 pub use generation::{Generation, GenerationState};
 pub use prices::{Prices, PricesError};
 pub use receipt::{RECEIPT_VERSION, Receipt, ReceiptError, ReceiptSignature, ReceiptStatement};
@@ -70,14 +74,16 @@ pub enum LedgerError {
     OtherReference(String),
     #[error("{0} was not charged, or so long ago that it is archived; use an adjustment")]
     NotCharged(RequestId),
-    #[error("the entries of {0} are archived")]
+    /// And not in a folder that this process knows.
+    #[error("what became of {0} is archived")]
     Archived(RequestId),
+    #[error("archive: {0}")]
+    Archive(#[from] ArchiveError),
     #[error("of {request} only {left} is left to be given back")]
     ExceedsCharge { request: RequestId, left: NanoUsd },
     #[error(
-        "a note may have at most {} bytes, a reference 1 to {}, none of them control characters",
-        funds::TEXT_BYTES_MAX,
-        funds::TEXT_BYTES_MAX
+        "a note may have at most {TEXT_CHARACTERS_MAX} characters, a reference 1 to {TEXT_CHARACTERS_MAX}, none of them \
+         control characters"
     )]
     BadText,
     #[error(transparent)]
@@ -224,17 +230,43 @@ pub struct Balance {
     pub available: NanoUsd,
 }
 
+impl Balance {
+    const FIELDS: [&str; 8] = ["balance", "held", "charged", "granted", "refunded", "adjusted", "credit", "available"];
+
+    /// Of an account that was read whole.
+    pub(crate) fn of(tenant: &TenantId, account: &HashMap<String, String>) -> Result<Self, StoreError> {
+        Self::read(tenant, |_, name| account.get(name).map(String::as_str))
+    }
+
+    fn read<'a>(tenant: &TenantId, field: impl Fn(usize, &'static str) -> Option<&'a str>) -> Result<Self, StoreError> {
+        let mut amounts = [NanoUsd::ZERO; Self::FIELDS.len()];
+        for (index, name) in Self::FIELDS.into_iter().enumerate() {
+            let text = field(index, name);
+            let text = text.ok_or_else(|| StoreError::Damaged(format!("account of {tenant} lacks {name}")))?;
+            amounts[index] = entry::nano(text, name)?;
+        }
+        let [balance, held, charged, granted, refunded, adjusted, credit, available] = amounts;
+        Ok(Self { balance, held, charged, granted, refunded, adjusted, credit, available })
+    }
+}
+
 #[derive(Clone)]
 pub struct Ledger {
     pub(crate) store: Store,
     hold_lease: Duration,
     clock: Arc<ClockWatch>,
+    archive: Option<Arc<archive::Shelf>>,
 }
 
 impl Ledger {
     /// `hold_lease`: a hold that nobody has renewed for this long is released.
     pub fn new(store: Store, hold_lease: Duration) -> Self {
-        Self { store, hold_lease, clock: Arc::default() }
+        Self { store, hold_lease, clock: Arc::default(), archive: None }
+    }
+
+    /// Answers what is not in the store any more from the archive in a folder.
+    pub fn with_archive(self, folder: PathBuf) -> Self {
+        Self { archive: Some(Arc::new(archive::Shelf::new(folder))), ..self }
     }
 
     /// See [`Store::connected_for`].
@@ -427,22 +459,13 @@ impl Ledger {
     }
 
     pub async fn balance(&self, tenant: &TenantId) -> Result<Balance, LedgerError> {
-        const FIELDS: [&str; 8] =
-            ["balance", "held", "charged", "granted", "refunded", "adjusted", "credit", "available"];
         let mut command = redis::cmd("HMGET");
-        command.arg(keys::account(tenant)).arg(&FIELDS);
+        command.arg(keys::account(tenant)).arg(&Balance::FIELDS);
         let fields: Vec<Option<String>> = self.store.query(&command).await?;
         if fields.iter().all(Option::is_none) {
             return Err(LedgerError::UnknownTenant(tenant.clone()));
         }
-        let mut amounts = [NanoUsd::ZERO; FIELDS.len()];
-        for (index, name) in FIELDS.into_iter().enumerate() {
-            let text = fields.get(index).and_then(Option::as_deref);
-            let text = text.ok_or_else(|| StoreError::Damaged(format!("account of {tenant} lacks {name}")))?;
-            amounts[index] = entry::nano(text, name)?;
-        }
-        let [balance, held, charged, granted, refunded, adjusted, credit, available] = amounts;
-        Ok(Balance { balance, held, charged, granted, refunded, adjusted, credit, available })
+        Ok(Balance::read(tenant, |index, _| fields.get(index)?.as_deref())?)
     }
 
     /// How far the accounts are from `grants + adjustments = balance + holds + charges - refunds`, over all tenants
@@ -466,9 +489,14 @@ impl Ledger {
 
     /// The last `limit` entries of a tenant, oldest first.
     pub async fn last_entries(&self, tenant: &TenantId, limit: usize) -> Result<Vec<Entry>, LedgerError> {
-        let written: Option<u64> = self.store.query(redis::cmd("HGET").arg(keys::account(tenant)).arg("seq")).await?;
-        let written = written.ok_or_else(|| LedgerError::UnknownTenant(tenant.clone()))?;
+        let written = self.last_seq(tenant).await?;
         self.entries(tenant, written.saturating_sub(limit as u64), limit).await
+    }
+
+    /// How many entries a tenant's ledger has.
+    pub async fn last_seq(&self, tenant: &TenantId) -> Result<u64, LedgerError> {
+        let written: Option<u64> = self.store.query(redis::cmd("HGET").arg(keys::account(tenant)).arg("seq")).await?;
+        written.ok_or_else(|| LedgerError::UnknownTenant(tenant.clone()))
     }
 
     /// All tenants, in order of creation.

@@ -1,6 +1,7 @@
 //! The price book: what is configured, and the price lists that were published since, each from its date on.
 
 use std::{
+    collections::BTreeMap,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -69,28 +70,45 @@ impl Prices {
         Ok(self.known().await?.book)
     }
 
-    /// Adds a list that holds from its date on, on every edge within a second. Requests under way keep the price at
-    /// which they were admitted.
-    pub async fn publish(&self, list: &PriceList) -> Result<(), PricesError> {
+    /// What can be said against a new list without publishing it.
+    pub async fn check(&self, version: &str, from_unix_ms: Option<u64>) -> Result<(), PricesError> {
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-        let is_name = (1..=VERSION_BYTES_MAX).contains(&list.version.len()) && list.version.bytes().all(is_plain);
+        let is_name = (1..=VERSION_BYTES_MAX).contains(&version.len()) && version.bytes().all(is_plain);
         if !is_name {
             return Err(PricesError::BadVersion);
         }
         let now_unix_ms = self.store.now_unix_ms().await?;
-        if list.from_unix_ms < now_unix_ms {
-            return Err(PricesError::InThePast { from_unix_ms: list.from_unix_ms, now_unix_ms });
+        match from_unix_ms {
+            Some(from_unix_ms) if from_unix_ms < now_unix_ms => {
+                Err(PricesError::InThePast { from_unix_ms, now_unix_ms })
+            }
+            _ if self.known().await?.book.lists().iter().any(|list| list.version == version) => {
+                Err(PricesError::VersionTaken(version.to_owned()))
+            }
+            _ => Ok(()),
         }
-        let taken = || PricesError::VersionTaken(list.version.clone());
-        if list.version == self.configured.version {
-            return Err(taken());
-        }
-        let json = serde_json::to_string(list).expect("prices serialise");
+    }
+
+    /// Adds a list that holds from its date on (nothing for now), on every edge within a second. Requests under way
+    /// keep the price at which they were admitted.
+    pub async fn publish(
+        &self,
+        version: &str,
+        from_unix_ms: Option<u64>,
+        prices: BTreeMap<ModelId, Price>,
+    ) -> Result<PriceList, PricesError> {
+        self.check(version, from_unix_ms).await?;
+        let from_unix_ms = match from_unix_ms {
+            Some(from) => from,
+            None => self.store.now_unix_ms().await?,
+        };
+        let list = PriceList { version: version.to_owned(), from_unix_ms, prices };
+        let json = serde_json::to_string(&list).expect("prices serialise");
         let mut command = redis::cmd("HSETNX");
-        command.arg(keys::PRICES).arg(&list.version).arg(json);
+        command.arg(keys::PRICES).arg(version).arg(json);
         let is_new: bool = self.store.query(&command).await?;
         *self.known.lock() = None;
-        if is_new { Ok(()) } else { Err(taken()) }
+        if is_new { Ok(list) } else { Err(PricesError::VersionTaken(version.to_owned())) }
     }
 
     async fn known(&self) -> Result<Known, StoreError> {

@@ -3,12 +3,12 @@
 mod csv;
 mod page;
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::{Account, Entry, EntryKind, Ledger, LedgerError, UsageSums, entry};
+use super::{Account, ArchiveError, Books, Entry, EntryKind, Ledger, LedgerError, UsageSums, entry};
 use crate::{
     domain::{Day, ModelId, MoneyError, Month, NanoUsd, TenantId},
     store::{StoreError, keys},
@@ -18,6 +18,9 @@ use crate::{
 const PAGE: usize = 1000;
 /// Lines of one statement: what persons moved, and the models of each day.
 const LINES_MAX: usize = 100_000;
+/// How often a month is looked at again that is being archived.
+const TRIES: usize = 20;
+const PAUSE: Duration = Duration::from_millis(50);
 
 #[derive(Debug, thiserror::Error)]
 pub enum StatementError {
@@ -25,8 +28,11 @@ pub enum StatementError {
     UnknownTenant(TenantId),
     #[error("there is no statement of {month}; the account has them from {first} to {last}")]
     NoSuchMonth { month: Month, first: Month, last: Month },
+    /// And not in a folder that this process knows.
     #[error("the entries of {0} are archived")]
     Archived(Month),
+    #[error("archive: {0}")]
+    Archive(#[from] ArchiveError),
     #[error("the statement of {0} would have more than {LINES_MAX} lines")]
     TooLong(Month),
     /// The entries contradict each other or the account.
@@ -317,6 +323,11 @@ fn before(entry: &Entry) -> Result<Position, MoneyError> {
     })
 }
 
+fn position(books: &Books) -> Result<Position, MoneyError> {
+    let nano = |amount: i128| i64::try_from(amount).map(NanoUsd::new).map_err(|_| MoneyError::Overflow);
+    Ok(Position { balance: nano(books.balance)?, held: nano(books.held)? })
+}
+
 /// An account as it was at one instant.
 struct Standing {
     name: String,
@@ -325,38 +336,70 @@ struct Standing {
     seq: u64,
     /// The last entry that is not in the store any more.
     archived: u64,
-    /// Of the last entry.
-    at: u64,
     now: u64,
 }
 
 impl Ledger {
-    /// A tenant's statement of a month whose entries are in the store; of the current month, so far. Archives take whole
-    /// months, so that a month is either here or there.
+    /// A tenant's statement of a month; of the current one, so far. What is archived comes from the files, and
+    /// [`StatementError::Archived`] where those are not here.
     pub async fn statement(&self, tenant: &TenantId, month: Month) -> Result<Statement, StatementError> {
-        let standing = self.standing_of(tenant).await?;
+        for _ in 0..TRIES {
+            if let Some(statement) = self.statement_as_of(tenant, month, &self.standing_of(tenant).await?).await? {
+                return Ok(statement);
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        Err(StatementError::Archived(month))
+    }
+
+    /// Nothing where its entries were archived meanwhile.
+    async fn statement_as_of(
+        &self,
+        tenant: &TenantId,
+        month: Month,
+        standing: &Standing,
+    ) -> Result<Option<Statement>, StatementError> {
         let (first, last) = (Month::of(standing.created_unix_ms), Month::of(standing.now));
         if month < first || month > last {
             return Err(StatementError::NoSuchMonth { month, first, last });
         }
+        let mut draft = StatementDraft::new(tenant.clone(), standing.name.clone(), month);
+        let (mut after, mut otherwise) = (None, standing.position);
         if standing.archived > 0 {
-            let oldest = self.entry_after(tenant, standing.archived).await?;
-            let is_here = match oldest {
-                Some(oldest) => month >= Month::of(oldest.unix_ms),
-                None => month > Month::of(standing.at),
+            let checkpoint = self.archived(tenant).await?;
+            let Some(checkpoint) = checkpoint.filter(|found| found.books.seq == standing.archived) else {
+                return Ok(None);
             };
-            if !is_here {
-                return Err(StatementError::Archived(month));
+            let archived = Month::of(checkpoint.books.unix_ms);
+            if month <= archived {
+                let archive = self.archive.as_ref().ok_or(StatementError::Archived(month))?;
+                let taken = archive.read(tenant, &checkpoint, move |archive| {
+                    for entry in archive.entries(month) {
+                        draft.take(&entry?)?;
+                    }
+                    let before = archive.books_before(month).map(position).transpose()?;
+                    Ok::<_, StatementError>((draft, before.unwrap_or_default()))
+                });
+                let taken = taken.await?.ok_or(StatementError::Archived(month))?;
+                draft = taken.0;
+                if month < archived {
+                    return draft.finish(taken.1, true).map(Some);
+                }
+                // The rest of a month that has only begun to leave the store.
+                after = Some(standing.archived);
             }
         }
-        let mut draft = StatementDraft::new(tenant.clone(), standing.name.clone(), month);
-        let mut after = self.last_before(tenant, &standing, month.begins_unix_ms()).await?;
-        let mut otherwise = standing.position;
+        let mut after = match after {
+            Some(after) => after,
+            None => self.last_before(tenant, standing, month.begins_unix_ms()).await?,
+        };
         'reading: while after < standing.seq {
             let page = self.entries(tenant, after, PAGE).await.map_err(of_store)?;
-            // Archived since we began, or gone.
             if page.first().is_none_or(|first| first.seq != after + 1) {
-                return Err(StatementError::Archived(month));
+                let is_archived = self.archived(tenant).await?.is_some_and(|found| found.books.seq > after);
+                let (seq, what) = (after + 1, "it is gone".to_owned());
+                let gone = StatementError::Unbalanced { tenant: tenant.clone(), seq, what };
+                return if is_archived { Ok(None) } else { Err(gone) };
             }
             for entry in &page {
                 if entry.seq > standing.seq {
@@ -375,7 +418,7 @@ impl Ledger {
             let what = "the account has another balance than its last entry".to_owned();
             return Err(StatementError::Unbalanced { tenant: tenant.clone(), seq: standing.seq, what });
         }
-        Ok(statement)
+        Ok(Some(statement))
     }
 
     /// The number of the last entry from before a time: times never fall, so it is found by halving.
@@ -397,7 +440,7 @@ impl Ledger {
     }
 
     async fn standing_of(&self, tenant: &TenantId) -> Result<Standing, StatementError> {
-        const FIELDS: [&str; 7] = ["name", "created", "balance", "held", "seq", "archived", "at"];
+        const FIELDS: [&str; 6] = ["name", "created", "balance", "held", "seq", "archived"];
         let mut question = redis::cmd("HMGET");
         question.arg(keys::account(tenant)).arg(&FIELDS);
         let fields: [Option<String>; FIELDS.len()] = self.store.query(&question).await?;
@@ -415,7 +458,6 @@ impl Ledger {
             position: Position { balance: entry::nano(text(2)?, "balance")?, held: entry::nano(text(3)?, "held")? },
             seq: count(4)?,
             archived: count(5)?,
-            at: count(6)?,
             now: self.store.now_unix_ms().await?,
         })
     }

@@ -8,26 +8,35 @@ use rand::TryRng;
 use serde::Serialize;
 
 use super::{
-    accounts::{Accounts, LimitChanges, OperatorError, check_text, limit_fields},
+    accounts::{Accounts, LimitChanges, NAME_CHARACTERS_MAX, OperatorError, Page, check_text, limit_fields},
     audit_log::Change,
 };
 use crate::{
     admission::{KeyRecord, KeyStatus, Limits, Scope, Scopes, SecretHash, key},
     domain::{KeyId, ModelId, TenantId},
-    store::{Function, Reply, keys},
+    store::{Function, Reply, StoreError, keys},
 };
 
 /// Random bytes of a secret.
 const SECRET_BYTES: usize = 32;
 /// Characters of a secret that are kept for display: the prefix and eight digits.
 const SHOWN_CHARACTERS: usize = 11;
-const LABELS_MAX: usize = 16;
+pub const LABELS_MAX: usize = 16;
+/// On a key's list.
+pub const MODELS_MAX: usize = 256;
 /// For how long a secret that was replaced may still be valid.
-const GRACE_MAX: Duration = Duration::from_secs(30 * 86_400);
+pub const GRACE_MAX: Duration = Duration::from_secs(30 * 86_400);
+/// A secret that was replaced is forgotten so long after it was last good for anything.
+const FORGOTTEN_AFTER_MS: u64 = 86_400_000;
+/// The last millisecond of the year 9999, beyond which a time cannot be written down.
+pub const UNIX_MS_MAX: u64 = 253_402_300_799_999;
+/// Keys whose records are read in one round trip.
+const PAGE: usize = 256;
 
 /// A key just made, or the same with a new secret. The only time that its secret is to be had.
 #[derive(Clone, Serialize)]
 pub struct NewKey {
+    #[serde(rename = "key")]
     pub secret: String,
     #[serde(flatten)]
     pub record: KeyRecord,
@@ -60,14 +69,8 @@ impl KeyWish {
     fn check(&self) -> Result<(), OperatorError> {
         check_text("label", &self.label)?;
         check_labels(&self.labels)?;
-        if self.scopes.iter().next().is_none() {
-            let all = Scope::ALL.map(Scope::as_str).join(", ");
-            return Err(OperatorError::BadWish(format!("a key needs at least one scope of {all}")));
-        }
-        if self.models.as_ref().is_some_and(BTreeSet::is_empty) {
-            return Err(OperatorError::BadWish("a list of models must not be empty".to_owned()));
-        }
-        Ok(())
+        check_scopes(self.scopes)?;
+        self.models.as_ref().map_or(Ok(()), check_models)
     }
 }
 
@@ -84,6 +87,35 @@ pub struct KeyChanges {
     pub limits: LimitChanges,
 }
 
+impl KeyChanges {
+    /// As the store takes them: an empty one takes the field away.
+    fn fields(&self) -> Result<Vec<(String, String)>, OperatorError> {
+        let mut fields = Vec::new();
+        let mut set = |name: &str, value: String| fields.push((name.to_owned(), value));
+        if let Some(label) = &self.label {
+            check_text("label", label)?;
+            set("label", label.clone());
+        }
+        if let Some(labels) = &self.labels {
+            check_labels(labels)?;
+            set("labels", key::json(labels));
+        }
+        if let Some(scopes) = self.scopes {
+            check_scopes(scopes)?;
+            set("scopes", scopes.to_string());
+        }
+        if let Some(models) = &self.models {
+            models.as_ref().map_or(Ok(()), check_models)?;
+            set("models", models.as_ref().map(key::json).unwrap_or_default());
+        }
+        if let Some(expires) = self.expires_unix_ms {
+            set("expires", expires.map(|ms| ms.to_string()).unwrap_or_default());
+        }
+        fields.extend(limit_fields(&self.limits)?);
+        Ok(fields)
+    }
+}
+
 impl Accounts {
     /// Makes a key for a tenant.
     pub async fn create_key(&self, tenant: &TenantId, label: &str, scopes: Scopes) -> Result<NewKey, OperatorError> {
@@ -92,12 +124,15 @@ impl Accounts {
 
     pub async fn create_key_like(&self, tenant: &TenantId, wish: KeyWish) -> Result<NewKey, OperatorError> {
         wish.check()?;
-        self.tenant(tenant).await?;
+        self.check_expiry(wish.expires_unix_ms).await?;
+        self.must_exist(tenant).await?;
         let secret = new_secret()?;
         let id = KeyId::generate();
-        let change = Change::of("key.create", &id).with("tenant", tenant).with("scopes", wish.scopes);
-        self.log.write(change.with("label", &wish.label)).await?;
-        let record = self.store_key(tenant, id, &secret, wish).await?;
+        let change = Change::of("key.create", &id).with("tenant", tenant).with("label", &wish.label);
+        let change = change.with("scopes", wish.scopes).with("models", &wish.models).with("limits", &wish.limits);
+        let change = change.with("expires_unix_ms", wish.expires_unix_ms);
+        let making = self.store_key(tenant, id, &secret, wish);
+        let record = self.recorded(change, making, |_| true).await?;
         Ok(NewKey { secret, record })
     }
 
@@ -109,15 +144,54 @@ impl Accounts {
         };
         let mut records = Vec::new();
         for tenant in tenants {
-            let listing = &mut redis::cmd("ZRANGE");
-            let ids: Vec<String> = self.store.query(listing.arg(keys::tenant_api_keys(&tenant)).arg(0).arg(-1)).await?;
-            for id in ids {
-                // Listed and without a record: its making was interrupted, and the secret opens nothing.
-                records.extend(key::load(&self.store, &tenant, &KeyId::from(id)).await?);
+            let mut after = None;
+            loop {
+                let (page, last) = self.keys_behind(&tenant, after.as_ref(), PAGE).await?;
+                records.extend(page.items);
+                after = last;
+                if !page.has_more {
+                    break;
+                }
             }
         }
         records.sort_by(|a, b| (a.created_unix_ms, &a.id).cmp(&(b.created_unix_ms, &b.id)));
         Ok(records)
+    }
+
+    /// At most `limit` keys of a tenant behind `after`, or from the first on, in order of creation.
+    pub async fn keys_after(
+        &self,
+        tenant: &TenantId,
+        after: Option<&KeyId>,
+        limit: usize,
+    ) -> Result<Page<KeyRecord>, OperatorError> {
+        self.must_exist(tenant).await?;
+        Ok(self.keys_behind(tenant, after, limit).await?.0)
+    }
+
+    /// With the last key that was looked at.
+    async fn keys_behind(
+        &self,
+        tenant: &TenantId,
+        after: Option<&KeyId>,
+        limit: usize,
+    ) -> Result<(Page<KeyRecord>, Option<KeyId>), OperatorError> {
+        let set = keys::tenant_api_keys(tenant);
+        let Page { items, has_more } = self.members(&set, after.map(KeyId::as_str), limit).await?;
+        let ids: Vec<KeyId> = items.into_iter().map(KeyId::from).collect();
+        let mut question = redis::pipe();
+        for id in &ids {
+            question.cmd("HGETALL").arg(keys::api_key(tenant, id));
+        }
+        let answers = if ids.is_empty() { Vec::new() } else { self.store.query_all(&question).await? };
+        let mut records = Vec::with_capacity(answers.len());
+        for answer in answers {
+            let fields = redis::FromRedisValue::from_redis_value(answer);
+            let fields = fields.map_err(|error| StoreError::Damaged(format!("API key record: {error}")))?;
+            // Listed and without a record: its making was interrupted, and the secret opens nothing.
+            records.extend(key::read(&fields)?);
+        }
+        Ok((Page { items: records, has_more }, ids.last().cloned()))
     }
 
     pub async fn key(&self, id: &KeyId) -> Result<KeyRecord, OperatorError> {
@@ -135,77 +209,91 @@ impl Accounts {
             return Ok(record);
         }
         let now = self.store.now_unix_ms().await?;
-        self.log.write(Change::of("key.revoke", id).with("tenant", &record.tenant)).await?;
-        let fields = [("status", KeyStatus::Revoked.as_str().to_owned()), ("revoked", now.to_string())];
-        self.set_key(&record, fields.map(|(name, value)| (name.to_owned(), value)).into()).await
+        let fields = fields([("status", KeyStatus::Revoked.as_str().to_owned()), ("revoked", now.to_string())]);
+        let change = Change::of("key.revoke", id).with("tenant", &record.tenant);
+        match self.recorded(change, self.set_key(&record, "", &fields), |_| true).await {
+            // By somebody else, just now.
+            Err(OperatorError::KeyEnded(id)) => self.key(&id).await,
+            done => done,
+        }
     }
 
-    pub async fn change_key(&self, id: &KeyId, changes: KeyChanges) -> Result<KeyRecord, OperatorError> {
-        let record = self.key(id).await?;
-        if record.status == KeyStatus::Revoked {
-            return Err(OperatorError::KeyEnded(id.clone()));
+    pub async fn change_key(&self, id: &KeyId, changes: &KeyChanges) -> Result<KeyRecord, OperatorError> {
+        let fields = changes.fields()?;
+        self.check_expiry(changes.expires_unix_ms.flatten()).await?;
+        let record = self.living_key(id).await?;
+        if fields.is_empty() {
+            return Ok(record);
         }
-        let KeyChanges { label, labels, scopes, models, expires_unix_ms, limits } = changes;
-        let wish = KeyWish {
-            label: label.unwrap_or_else(|| record.label.clone()),
-            labels: labels.unwrap_or_else(|| record.labels.clone()),
-            scopes: scopes.unwrap_or(record.scopes),
-            models: models.unwrap_or_else(|| record.models.as_deref().cloned()),
-            limits: record.limits.clone(),
-            expires_unix_ms: expires_unix_ms.unwrap_or(record.expires_unix_ms),
-        };
-        wish.check()?;
-        let changed = record_of(&record, wish);
-        // What a field of the record had and the changed one has not is taken away.
-        let mut fields: BTreeMap<String, String> =
-            record.fields().into_iter().map(|(name, _)| (name, String::new())).collect();
-        fields.extend(changed.fields());
-        fields.extend(limit_fields(&limits));
-        let log = Change::of("key.change", id).with("tenant", &record.tenant).with("fields", &fields);
-        self.log.write(log).await?;
-        self.set_key(&record, fields.into_iter().collect()).await
+        let change = Change::of("key.change", id).with("tenant", &record.tenant).with_all(&fields);
+        self.recorded(change, self.set_key(&record, "", &fields), |_| true).await
     }
 
     /// Gives a key a new secret. It stays the same key, with the same id; the secret before is valid for `grace`
-    /// longer, any earlier one no more.
+    /// longer, any earlier one no more. Of two who do it at the same time one is refused.
     pub async fn rotate_key(&self, id: &KeyId, grace: Duration) -> Result<NewKey, OperatorError> {
         if grace > GRACE_MAX {
             let days = GRACE_MAX.as_secs() / 86_400;
-            return Err(OperatorError::BadWish(format!("a replaced secret may be valid for {days} days at most")));
+            let why = format!("a replaced secret may be valid for {days} days at most");
+            return Err(OperatorError::wish("grace_seconds", why));
         }
-        let record = self.key(id).await?;
-        if record.status == KeyStatus::Revoked {
-            return Err(OperatorError::KeyEnded(id.clone()));
-        }
-        self.log.write(Change::of("key.rotate", id).with("grace_seconds", grace.as_secs())).await?;
+        let record = self.living_key(id).await?;
+        let mut question = redis::cmd("HMGET");
+        question.arg(keys::api_key(&record.tenant, id)).arg("secret").arg("secret_before");
+        let (current, earlier): (Option<String>, Option<String>) = self.store.query(&question).await?;
+        let damaged = || StoreError::Damaged(format!("API key record of {id} has no secret"));
+        let current = current.ok_or_else(damaged)?;
+        let now = self.store.now_unix_ms().await?;
+        let until = now.saturating_add(u64::try_from(grace.as_millis()).unwrap_or(u64::MAX));
         let secret = new_secret()?;
         let hash = SecretHash::of(&secret).ok_or(OperatorError::BadText("secret"))?.to_hex();
-        let key = keys::api_key(&record.tenant, id);
-        let before: (Option<String>, Option<String>) =
-            self.store.query(redis::cmd("HMGET").arg(&key).arg("secret").arg("secret_before")).await?;
-        let (now, (current, earlier)) = (self.store.now_unix_ms().await?, before);
-        if let Some(earlier) = earlier {
-            self.store.query::<u64>(redis::cmd("DEL").arg(keys::secret(&earlier))).await?;
-        }
-        // The new one first: a rotation that is interrupted leaves a key that works.
-        self.store_secret(&record.tenant, id, &hash).await?;
-        let fields = [
-            ("secret", hash),
-            ("secret_before", current.clone().unwrap_or_default()),
+        let fields = fields([
+            ("secret", hash.clone()),
+            ("secret_before", current.clone()),
+            ("before_until", until.to_string()),
             ("prefix", shown(&secret)),
             ("rotated", now.to_string()),
-        ];
-        let record = self.set_key(&record, fields.map(|(name, value)| (name.to_owned(), value)).into()).await?;
-        if let Some(current) = current {
-            let until = now.saturating_add(u64::try_from(grace.as_millis()).unwrap_or(u64::MAX));
-            let ending = &mut redis::cmd("HSET");
-            self.store.query::<u64>(ending.arg(keys::secret(&current)).arg("until").arg(until)).await?;
-            // Of its own accord, long after it was last good for anything.
-            let forgetting = &mut redis::cmd("PEXPIREAT");
-            let forgotten = until.saturating_add(86_400_000);
-            self.store.query::<u64>(forgetting.arg(keys::secret(&current)).arg(forgotten)).await?;
+        ]);
+        let change = Change::of("key.rotate", id).with("tenant", &record.tenant);
+        let change = change.with("grace_seconds", grace.as_secs());
+        let rotating = async {
+            // It opens nothing until the key's record names it, and neither does one that the record no longer names.
+            self.store_secret(&record.tenant, id, &hash).await?;
+            self.set_key(&record, &current, &fields).await
+        };
+        let record = self.recorded(change, rotating, |_| true).await?;
+        self.forget(&current, until.saturating_add(FORGOTTEN_AFTER_MS)).await;
+        if let Some(earlier) = earlier {
+            self.forget(&earlier, now).await;
         }
         Ok(NewKey { secret, record })
+    }
+
+    /// Best effort: what is forgotten opens nothing anyway.
+    async fn forget(&self, hash: &str, at_unix_ms: u64) {
+        let forgetting = &mut redis::cmd("PEXPIREAT");
+        if let Err(error) = self.store.query::<u64>(forgetting.arg(keys::secret(hash)).arg(at_unix_ms)).await {
+            tracing::warn!(%error, "a replaced secret is remembered for longer");
+        }
+    }
+
+    async fn living_key(&self, id: &KeyId) -> Result<KeyRecord, OperatorError> {
+        let record = self.key(id).await?;
+        match record.status {
+            KeyStatus::Active => Ok(record),
+            KeyStatus::Revoked => Err(OperatorError::KeyEnded(id.clone())),
+        }
+    }
+
+    async fn check_expiry(&self, expires_unix_ms: Option<u64>) -> Result<(), OperatorError> {
+        let Some(expires) = expires_unix_ms else { return Ok(()) };
+        let now = self.store.now_unix_ms().await?;
+        if (now..=UNIX_MS_MAX).contains(&expires) {
+            return Ok(());
+        }
+        let why =
+            format!("a key cannot expire at {expires}: it is {now} now, and {UNIX_MS_MAX} is the last time of all");
+        Err(OperatorError::wish("expires_unix_ms", why))
     }
 
     /// Stores what is kept of a key. May be repeated with the same secret. What makes the secret open something comes
@@ -259,17 +347,29 @@ impl Accounts {
         Ok(())
     }
 
-    async fn set_key(&self, record: &KeyRecord, fields: Vec<(String, String)>) -> Result<KeyRecord, OperatorError> {
+    /// Changes a key that has not ended and, where `secret` is not empty, still has it.
+    async fn set_key(
+        &self,
+        record: &KeyRecord,
+        secret: &str,
+        fields: &[(String, String)],
+    ) -> Result<KeyRecord, OperatorError> {
         let KeyRecord { id, tenant, .. } = record;
-        let mut arguments = vec![id.as_str().as_bytes()];
+        let mut arguments = vec![id.as_str().as_bytes(), secret.as_bytes()];
         arguments.extend(fields.iter().flat_map(|(name, value)| [name.as_bytes(), value.as_bytes()]));
         let reply: Reply = self.store.call(Function::KeySet, &keys::ledger(tenant), &arguments).await?;
         match reply.word() {
             "set" => self.key(id).await,
+            "ended" => Err(OperatorError::KeyEnded(id.clone())),
+            "other_secret" => Err(OperatorError::RotatedMeanwhile(id.clone())),
             "unknown_key" => Err(OperatorError::UnknownKey(id.clone())),
             _ => Err(reply.unexpected("key_set").into()),
         }
     }
+}
+
+fn fields<const COUNT: usize>(fields: [(&str, String); COUNT]) -> Vec<(String, String)> {
+    fields.map(|(name, value)| (name.to_owned(), value)).into()
 }
 
 fn record_of(record: &KeyRecord, wish: KeyWish) -> KeyRecord {
@@ -284,9 +384,34 @@ fn shown(secret: &str) -> String {
 
 fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), OperatorError> {
     if labels.len() > LABELS_MAX {
-        return Err(OperatorError::BadWish(format!("there may be {LABELS_MAX} labels at most")));
+        return Err(OperatorError::wish("labels", format!("there may be {LABELS_MAX} labels at most")));
     }
-    labels.iter().try_for_each(|(name, value)| check_text("label", name).and_then(|()| check_text("label", value)))
+    let texts = labels.iter().flat_map(|(name, value)| [name.as_str(), value.as_str()]);
+    check_texts("labels", "name and value of a label", texts)
+}
+
+fn check_scopes(scopes: Scopes) -> Result<(), OperatorError> {
+    if scopes.iter().next().is_none() {
+        let all = Scope::ALL.map(Scope::as_str).join(", ");
+        return Err(OperatorError::wish("scopes", format!("a key needs at least one scope of {all}")));
+    }
+    Ok(())
+}
+
+fn check_models(models: &BTreeSet<ModelId>) -> Result<(), OperatorError> {
+    if !(1..=MODELS_MAX).contains(&models.len()) {
+        return Err(OperatorError::wish("models", format!("a list of models has 1 to {MODELS_MAX} of them")));
+    }
+    check_texts("models", "name of a model", models.iter().map(ModelId::as_str))
+}
+
+fn check_texts<'a>(
+    field: &'static str,
+    what: &str,
+    mut texts: impl Iterator<Item = &'a str>,
+) -> Result<(), OperatorError> {
+    let why = || format!("each {what} must have 1 to {NAME_CHARACTERS_MAX} printable characters");
+    texts.try_for_each(|text| check_text(field, text).map_err(|_| OperatorError::wish(field, why())))
 }
 
 /// `sk_` and 64 hexadecimal digits, straight from the system's random numbers.

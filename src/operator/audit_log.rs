@@ -3,6 +3,7 @@ use std::collections::HashMap;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::accounts::OperatorError;
 use crate::store::{Store, StoreError, keys};
 
 /// Changes that are remembered; older ones go.
@@ -24,6 +25,15 @@ impl Change {
         self.detail.insert(name.to_owned(), serde_json::to_value(value).unwrap_or(Value::Null));
         self
     }
+
+    pub fn with_all(self, fields: &[(String, String)]) -> Self {
+        fields.iter().fold(self, |change, (name, value)| change.with(name, value))
+    }
+
+    /// That it did not come to it.
+    pub fn without_effect(&self, record: &str, outcome: &str) -> Self {
+        Self::of(self.action, &self.target).with("record", record).with("outcome", outcome)
+    }
 }
 
 /// What was changed, by whom.
@@ -38,8 +48,8 @@ pub struct AuditRecord {
     pub detail: Value,
 }
 
-/// Who changed what. Written before the change is made, so that none is ever without its record; a record whose
-/// change failed stands for the attempt.
+/// Who changed what. Written before the change is made, so that none is ever without its record. Where nothing was
+/// changed after all, a second record names the first and says why.
 #[derive(Clone)]
 pub struct AuditLog {
     store: Store,
@@ -55,22 +65,35 @@ impl AuditLog {
         Self { actor: actor.into(), ..self.clone() }
     }
 
-    pub(crate) async fn write(&self, change: Change) -> Result<(), StoreError> {
+    /// Answers the record's id.
+    pub(super) async fn write(&self, change: &Change) -> Result<String, StoreError> {
         let mut command = redis::cmd("XADD");
         command.arg(keys::AUDIT).arg("MAXLEN").arg("~").arg(CHANGES_MAX).arg("*");
         command.arg("actor").arg(&self.actor).arg("action").arg(change.action).arg("target").arg(&change.target);
-        command.arg("detail").arg(Value::Object(change.detail).to_string());
-        self.store.query::<String>(&command).await.map(drop)
+        command.arg("detail").arg(Value::Object(change.detail.clone()).to_string());
+        self.store.query(&command).await
     }
 
     /// The newest `limit` of those before the record `before`, or of all; newest first.
-    pub async fn list(&self, before: Option<&str>, limit: usize) -> Result<Vec<AuditRecord>, StoreError> {
+    pub async fn list(&self, before: Option<&str>, limit: usize) -> Result<Vec<AuditRecord>, OperatorError> {
+        let odd = || OperatorError::wish("before", "expected the id of a record, such as 1763769600123-0");
+        let end = match before {
+            None => "+".to_owned(),
+            Some(before) => format!("({}", position(before).ok_or_else(odd)?),
+        };
         let mut command = redis::cmd("XREVRANGE");
-        let end = before.map_or_else(|| "+".to_owned(), |before| format!("({before}"));
         command.arg(keys::AUDIT).arg(end).arg("-").arg("COUNT").arg(limit);
         let records: Vec<(String, HashMap<String, String>)> = self.store.query(&command).await?;
-        records.into_iter().map(|(id, fields)| read(id, &fields)).collect()
+        records.into_iter().map(|(id, fields)| Ok(read(id, &fields)?)).collect()
     }
+}
+
+/// A record's place in the stream, as the store wants it written.
+fn position(id: &str) -> Option<String> {
+    let (ms, seq) = id.split_once('-')?;
+    let (ms, seq) = (ms.parse::<u64>().ok()?, seq.parse::<u64>().ok()?);
+    // Before the very first there is nothing, and the store would not be asked that.
+    ((ms, seq) != (0, 0)).then(|| format!("{ms}-{seq}"))
 }
 
 fn read(id: String, fields: &HashMap<String, String>) -> Result<AuditRecord, StoreError> {

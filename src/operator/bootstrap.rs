@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::{
     accounts::{Accounts, OperatorError},
     api_keys::{KeyWish, new_secret},
+    audit_log::Change,
 };
 use crate::{
     admission::{Scope, SecretHash},
@@ -53,6 +54,8 @@ impl Accounts {
         let operator = TenantId::from(TENANT_OPERATOR);
         let dev_secret = secret_in(&dev_key)?;
         let admin_secret = secret_in(&admin_key)?;
+        let change = Change::of("bootstrap", &development).with("operator", &operator);
+        self.log.write(&change.with("balance_nano_usd", balance)).await?;
         self.open_tenant(&development, "development", balance).await?;
         self.open_tenant(&operator, "operator", NanoUsd::ZERO).await?;
         let chat = [Scope::Chat, Scope::Read].into_iter().collect();

@@ -10,8 +10,7 @@ use redis::{
     io::tcp::TcpSettings,
 };
 
-use super::keys;
-use super::{Function, StoreError, Subscription, functions};
+use super::{Function, Messages, StoreError, Subscription, functions, keys, layout};
 
 /// Pause between attempts to reconnect. Small against a lease, so that owners return in time to renew.
 const RECONNECT_DELAY_MIN: Duration = Duration::from_millis(50);
@@ -31,14 +30,16 @@ pub struct Store {
 }
 
 impl Store {
-    /// Connects and loads the functions; one attempt, whose failure names its cause. `url` is `redis://…`, or
+    /// Connects, loads the functions and looks whether the data are ours; one attempt, whose failure names its cause. `url` is `redis://…`, or
     /// `unix:///path` (`redis+unix:///path`).
     pub async fn connect(url: &str, command_timeout: Duration) -> Result<Self, StoreError> {
         let client = open_client(url, command_timeout)
             .map_err(|source| StoreError::Address { url: without_password(url), source })?;
-        Self::connect_with(client, command_timeout)
+        let store = Self::connect_with(client, command_timeout)
             .await
-            .map_err(|source| StoreError::Connect { url: without_password(url), source: Box::new(source) })
+            .map_err(|source| StoreError::Connect { url: without_password(url), source: Box::new(source) })?;
+        layout::check(&store).await?;
+        Ok(store)
     }
 
     async fn connect_with(client: Client, command_timeout: Duration) -> Result<Self, StoreError> {
@@ -93,6 +94,11 @@ impl Store {
     /// Must be called within a tokio runtime; ends when the subscription is dropped.
     pub fn subscribe(&self, channel: impl Into<String>) -> Subscription {
         Subscription::start(self.client.clone(), channel.into(), self.command_timeout)
+    }
+
+    /// The same for readers that have to know what was published.
+    pub(crate) fn messages(&self, channel: impl Into<String>) -> Messages {
+        Messages::start(self.client.clone(), channel.into(), self.command_timeout)
     }
 
     /// Runs one of our functions, atomically on the server.

@@ -22,6 +22,7 @@ pub(crate) enum Function {
     Sweep,
     Standing,
     Snapshot,
+    Trim,
     AuthFail,
     BlockAdd,
     BlockList,
@@ -36,6 +37,13 @@ pub(crate) enum Function {
     QueueGiveBack,
     QueueWithdraw,
     QueueExpire,
+    WebhookSet,
+    WebhookShow,
+    WebhookRemove,
+    WebhookTake,
+    WebhookDone,
+    WebhookFailed,
+    WebhookDead,
 }
 
 impl Function {
@@ -56,6 +64,7 @@ impl Function {
             Self::Sweep => "sweep",
             Self::Standing => "standing",
             Self::Snapshot => "snapshot",
+            Self::Trim => "trim",
             Self::AuthFail => "auth_fail",
             Self::BlockAdd => "block_add",
             Self::BlockList => "block_list",
@@ -70,11 +79,18 @@ impl Function {
             Self::QueueGiveBack => "queue_give_back",
             Self::QueueWithdraw => "queue_withdraw",
             Self::QueueExpire => "queue_expire",
+            Self::WebhookSet => "webhook_set",
+            Self::WebhookShow => "webhook_show",
+            Self::WebhookRemove => "webhook_remove",
+            Self::WebhookTake => "webhook_take",
+            Self::WebhookDone => "webhook_done",
+            Self::WebhookFailed => "webhook_failed",
+            Self::WebhookDead => "webhook_dead",
         }
     }
 
     pub(super) fn only_reads(self) -> bool {
-        matches!(self, Self::Standing | Self::Snapshot | Self::BlockList)
+        matches!(self, Self::Standing | Self::Snapshot | Self::BlockList | Self::WebhookShow)
     }
 }
 
@@ -97,11 +113,14 @@ pub(super) fn library() -> &'static Library {
             include_str!("functions/common.lua"),
             include_str!("functions/rates.lua"),
             include_str!("functions/limits.lua"),
+            include_str!("functions/outbox.lua"),
             include_str!("functions/ledger.lua"),
             include_str!("functions/holds.lua"),
+            include_str!("functions/archive.lua"),
             include_str!("functions/queue.lua"),
             include_str!("functions/records.lua"),
-            include_str!("functions/guard.lua")
+            include_str!("functions/guard.lua"),
+            include_str!("functions/webhooks.lua")
         );
         let version = hex::encode(Sha256::digest(body.as_bytes()))[..12].to_owned();
         let channel = keys::OUTBOX_CHANNEL;

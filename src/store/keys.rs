@@ -14,16 +14,25 @@ pub(crate) const AUDIT: &str = "lc:audit";
 /// Price lists: version to list.
 pub(crate) const PRICES: &str = "lc:prices";
 
+/// Which layout the data have.
+pub const LAYOUT: &str = "lc:layout";
+
 /// Secret by which the nodes of one store know each other, where none is configured.
 pub const RELAY_SECRET: &str = "lc:relay-secret";
 
 /// Secret half of the key that signs receipts, where none is configured.
 pub const RECEIPT_KEY: &str = "lc:receipt-key";
 
+/// The node that verifies the ledgers at present; gone when it is.
+pub(crate) const VERIFIER: &str = "lc:verifier";
+
 /// Told whenever a tenant's outbox has one message more; says whose account it is.
 pub(crate) const OUTBOX_CHANNEL: &str = "lc:outbox";
 
-/// Whose secret this is, by its SHA-256: tenant, key, and from when on it is not valid any more, if it was replaced.
+/// Tenants that have an endpoint for webhooks, and some that had one.
+pub(crate) const WEBHOOKS: &str = "lc:webhooks";
+
+/// Whose secret this is, by its SHA-256: tenant and key. Whether it is valid says the key's record.
 pub fn secret(secret_sha256: &str) -> String {
     format!("lc:secret:{secret_sha256}")
 }
@@ -74,6 +83,11 @@ pub fn entries(tenant: &TenantId) -> String {
     format!("lc:{{t:{tenant}}}:entries")
 }
 
+/// Where the store's part of a ledger begins, behind what is archived: the books up to there.
+pub fn checkpoint(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:checkpoint")
+}
+
 /// What a tenant was admitted within the last minute.
 pub(crate) fn rates(tenant: &TenantId) -> String {
     format!("lc:{{t:{tenant}}}:rates")
@@ -92,6 +106,26 @@ pub(crate) fn usage_hour(tenant: &TenantId, hour: u64) -> String {
 /// The same in a minute.
 pub(crate) fn usage_minute(tenant: &TenantId, minute: u64) -> String {
     format!("lc:{{t:{tenant}}}:usage:minute:{minute}")
+}
+
+/// What a tenant is yet to be told of.
+pub(crate) fn outbox(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:outbox")
+}
+
+/// Events that nobody took; see `functions/outbox.lua`.
+pub(crate) fn dead_letters(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:dead")
+}
+
+/// Where a tenant's events go; see `functions/webhooks.lua`.
+pub(crate) fn webhook(tenant: &TenantId) -> String {
+    format!("lc:{{t:{tenant}}}:webhook")
+}
+
+/// Whose account this is.
+pub(crate) fn tenant_of_account(account: &str) -> Option<TenantId> {
+    Some(account.strip_prefix("lc:{t:")?.strip_suffix("}:account")?.into())
 }
 
 /// The keys of a tenant's ledger in the order in which the functions take them; they find the others beside these.

@@ -9,12 +9,14 @@ mod connection;
 pub mod embedded;
 mod functions;
 pub mod keys;
+mod layout;
 mod reply;
 mod subscription;
 
 pub use connection::Store;
 pub(crate) use functions::Function;
 pub(crate) use reply::Reply;
+pub(crate) use subscription::Messages;
 pub use subscription::Subscription;
 
 /// Why the store gave no usable answer. Every one of them refuses the request at hand: nothing fails open.
@@ -40,6 +42,11 @@ pub enum StoreError {
     /// Reachable, but it would not run the command: out of memory, read-only, loading, no permission.
     #[error("the store refused the command: {0}")]
     Refused(#[source] redis::RedisError),
+    /// Made by another version, which is to be asked for what is in it.
+    #[error(
+        "the store's data have layout {found}, and this version knows {known} only; take an empty store or data folder"
+    )]
+    Layout { found: String, known: &'static str },
     /// What is stored contradicts itself or cannot be read. Needs a person.
     #[error("stored data is damaged: {0}")]
     Damaged(String),
@@ -51,7 +58,7 @@ impl StoreError {
         match self {
             Self::Connect { source, .. } => source.is_transient(),
             Self::Unreachable(_) | Self::TimedOut(_) | Self::Refused(_) => true,
-            Self::Address { .. } | Self::Damaged(_) => false,
+            Self::Address { .. } | Self::Layout { .. } | Self::Damaged(_) => false,
         }
     }
 }

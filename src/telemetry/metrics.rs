@@ -62,8 +62,21 @@ pub struct Metrics {
     pub journal_faults: IntCounter,
     /// grants + adjustments - balance - holds - charges + refunds over all tenants; anything but 0 is an alarm.
     pub ledger_imbalance_nano_usd: IntGauge,
+    /// Contradictions found when each tenant's ledger was last verified, on the one node that verifies and 0 on all
+    /// others; anything but 0 is an alarm.
+    pub ledger_faults: IntGauge,
+    /// Tenants that have any.
+    pub ledger_unbalanced_tenants: IntGauge,
+    /// Requests that this node's journal has open.
+    pub journal_open_requests: IntGauge,
+    /// Those that stay in it although they ended, or that the ledger has otherwise; anything but 0 is an alarm.
+    pub journal_rests: IntGauge,
     /// Streams cut because their client read too slowly.
     pub slow_streams_cut: IntCounter,
+    /// Webhooks by `outcome`: delivered, failed (an attempt, after which there may be others), dead (given up).
+    pub webhooks: IntCounterVec,
+    /// Events of all tenants that wait for their delivery, as this node last counted them.
+    pub webhooks_waiting: IntGauge,
 }
 
 const SECONDS_TTFT: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
@@ -156,10 +169,25 @@ impl Metrics {
                 "Damaged journals, and entries of journals that could not be settled",
             ),
             ledger_imbalance_nano_usd: plain_gauge("lightcone_ledger_imbalance_nano_usd", "Must be 0"),
+            ledger_faults: plain_gauge("lightcone_ledger_faults", "Contradictions in the ledger; must be 0"),
+            ledger_unbalanced_tenants: plain_gauge(
+                "lightcone_ledger_unbalanced_tenants",
+                "Tenants whose ledger has contradictions; must be 0",
+            ),
+            journal_open_requests: plain_gauge(
+                "lightcone_journal_open_requests",
+                "Requests that this node still owes the ledger",
+            ),
+            journal_rests: plain_gauge(
+                "lightcone_journal_rests",
+                "Requests that stay in the journal although they ended, or that the ledger has otherwise; must be 0",
+            ),
             slow_streams_cut: plain_counter(
                 "lightcone_slow_streams_cut_total",
                 "Streams cut because their client read too slowly",
             ),
+            webhooks: counter("lightcone_webhooks_total", "Attempts to deliver webhooks by outcome", &["outcome"]),
+            webhooks_waiting: plain_gauge("lightcone_webhooks_waiting", "Events that wait for their delivery"),
             registry,
         }
     }

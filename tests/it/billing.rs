@@ -310,3 +310,50 @@ async fn a_receipt_of_a_real_request_is_good_offline_and_names_the_digest_of_its
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_keeps_the_price_of_its_admission_and_the_next_request_has_the_new_one() {
+    let shop = Shop::with("step_tokens = 8\n", "");
+    let mut stream = shop.node.ask(&shop.key, "slowly <<slow:10>>", 200).await;
+    stream.begun().await;
+    let configured = shop.home.run(&["prices", "list"])[0]["version"].clone();
+    shop.home.run(&["prices", "set", "--version", "dearer", "--price", "tzafon.sm-1=2/3"]);
+    let usage = stream.rest().await.usage.expect("usage");
+    assert_charged(&shop.only_post(), &usage, "length");
+    // Edges look at the price book again within a second or so.
+    let mut last = Value::Null;
+    for _ in 0..50 {
+        let usage = asked(&shop, &shop.key, 10).await.usage.expect("usage");
+        shop.home.assert_settled(&[]);
+        last = shop.home.posts(&[]).pop().expect("a charge");
+        match last["price_version"] == configured {
+            true => assert_eq!(last["amount_nano_usd"], json!(cost(&usage))),
+            false => {
+                assert_eq!(last["amount_nano_usd"], json!(10 * cost(&usage)));
+                break;
+            }
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    assert_eq!(last["price_version"], "dearer");
+    let versions: Vec<Value> = shop.home.posts(&[]).into_iter().map(|post| post["price_version"].clone()).collect();
+    assert_eq!(versions[0], configured, "{versions:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_limit_of_spend_that_is_set_during_a_stream_ends_it_at_its_last_paid_token() {
+    let shop = Shop::with("step_tokens = 8\n", "");
+    let (id, key) = tenant(&shop.home, 1_000_000_000);
+    let mut stream = shop.node.ask(&key, "slowly <<slow:10>>", 400).await;
+    stream.begun().await;
+    let spent = 200 * OUTPUT + 40 * INPUT;
+    let usd = format!("0.{spent:09}");
+    shop.home.run(&["limits", "set", "--tenant", &id, &format!("spend_per_day={usd}")]);
+    let told = stream.rest().await;
+    assert_eq!((told.finish.as_deref(), told.stop_reason.as_deref()), (Some("length"), Some("spend_limit_reached")));
+    let money = shop.home.run(&["balance", "--tenant", &id]);
+    let charged = 1_000_000_000 - money["balance_nano_usd"].as_u64().expect("a number");
+    assert!(charged <= spent && spent - charged < OUTPUT, "{charged} of {spent}");
+    assert_eq!(charged, cost(&told.usage.expect("usage")));
+    shop.home.assert_settled(&[]);
+}

@@ -230,6 +230,8 @@ async fn the_operator_sees_everybodys_usage_in_buckets_groups_and_pages() {
         &[(own, midnight - 1, 1), (own, midnight, 20), (&other, midnight, 300), (&other, midnight + DAY - 1, 4_000)],
     )
     .await;
+    let verified = house.ledger.verify().await.expect("a report");
+    assert_eq!(verified.imbalance_nano_usd, 0);
     let (start, end) = (midnight - 2 * DAY, midnight + DAY);
     let usage = |query: &str| format!("/v1/organization/usage/completions?start_time={start}&end_time={end}&{query}");
     let costs = |query: &str| format!("/v1/organization/costs?start_time={start}&end_time={end}&{query}");
@@ -317,7 +319,8 @@ async fn the_operator_sees_everybodys_usage_in_buckets_groups_and_pages() {
     let sum: i64 = results.iter().map(|result| result["amount"]["value_nano_usd"].as_i64().expect("an amount")).sum();
     assert_eq!(sum, charged[0].nano() + charged[1].nano());
     assert!(results.iter().all(|result| result["line_item"] == MODEL && result["project_id"] == json!(null)));
-    house.assert_balanced().await;
+    // The counters are at other times than the entries now; questions changed nothing.
+    assert_eq!(house.ledger.verify().await.expect("a report"), verified);
 }
 
 #[tokio::test(flavor = "multi_thread")]

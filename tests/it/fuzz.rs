@@ -51,12 +51,13 @@ fn node() -> (Home, Node, String) {
     (home, node, key)
 }
 
-/// The fields of every body, out of the node's own document.
+/// The fields of every body, out of the node's own document. Without those of operators, to whom this key is nobody.
 async fn bodies(node: &Node) -> Vec<(String, Vec<String>)> {
     let answer = reqwest::get(format!("{}/openapi.json", node.url)).await.expect("an answer");
     let document: Value = answer.json().await.expect("JSON");
     let mut bodies = Vec::new();
-    for (path, operations) in document["paths"].as_object().expect("paths") {
+    let paths = document["paths"].as_object().expect("paths").iter();
+    for (path, operations) in paths.filter(|(path, _)| !path.starts_with("/v1/admin/")) {
         let schema = &operations["post"]["requestBody"]["content"]["application/json"]["schema"];
         let Some(name) = schema["$ref"].as_str().and_then(|reference| reference.rsplit('/').next()) else { continue };
         let properties = document["components"]["schemas"][name]["properties"].as_object().expect("properties");

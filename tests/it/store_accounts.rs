@@ -13,7 +13,7 @@ use lightcone::{
     domain::NanoUsd,
     ledger::Ledger,
     operator::{Accounts, OperatorError},
-    store::{Store, keys},
+    store::{Store, StoreError, keys},
 };
 
 use crate::support::{
@@ -211,18 +211,35 @@ async fn unknown_and_impossible_keys_are_refused() {
 async fn no_secret_is_ever_written_to_the_store() {
     let house = House::with_balance(5).await;
     house.valkey.store().await.ping().await.unwrap();
-    let mut files = vec![house.valkey.folder().to_owned()];
-    let mut searched = 0;
-    while let Some(path) = files.pop() {
-        let kind = fs::symlink_metadata(&path).unwrap().file_type();
-        if kind.is_dir() {
-            files.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
-        } else if kind.is_file() {
-            let text = fs::read(&path).unwrap();
-            searched += text.len();
-            let secret = &house.secret.as_bytes()[11..];
-            assert!(!text.windows(secret.len()).any(|window| window == secret), "{}", path.display());
-        }
-    }
-    assert!(searched > 1_000, "the append-only file was searched");
+    assert!(!house.valkey.has_written(&house.secret[11..]));
+    assert!(house.valkey.has_written(house.principal.key.as_str()), "the append-only file was searched");
+}
+
+#[tokio::test]
+async fn data_of_another_layout_are_refused_by_name_and_left_as_they_are() {
+    let house = House::with_balance(1_000).await;
+    let mut raw = house.valkey.raw().await;
+    let mark = async |raw: &mut redis::aio::MultiplexedConnection| {
+        let mark: Option<String> = redis::cmd("GET").arg(keys::LAYOUT).query_async(raw).await.unwrap();
+        mark
+    };
+    let here = mark(&mut raw).await.expect("a store is marked by the first who uses it");
+    let url = house.valkey.url();
+    let connect = || Store::connect(&url, Duration::from_secs(5));
+    connect().await.expect("our own");
+
+    redis::cmd("SET").arg(keys::LAYOUT).arg("97").exec_async(&mut raw).await.unwrap();
+    let refused = connect().await.err().expect("a later version's");
+    assert!(matches!(&refused, StoreError::Layout { found, .. } if found == "97"), "{refused}");
+    assert!(!refused.is_transient());
+
+    // Before there was a mark, accounts lacked a field without which nothing is ever admitted.
+    redis::cmd("DEL").arg(keys::LAYOUT).exec_async(&mut raw).await.unwrap();
+    connect().await.expect("our own, marked again");
+    assert_eq!(mark(&mut raw).await.as_ref(), Some(&here));
+    redis::cmd("DEL").arg(keys::LAYOUT).exec_async(&mut raw).await.unwrap();
+    redis::cmd("HDEL").arg(keys::account(&house.tenant)).arg("available").exec_async(&mut raw).await.unwrap();
+    let refused = connect().await.err().expect("an earlier version's");
+    assert!(matches!(&refused, StoreError::Layout { found, .. } if found == "1"), "{refused}");
+    assert_eq!(mark(&mut raw).await, None);
 }

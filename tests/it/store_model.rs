@@ -7,9 +7,10 @@ use std::{cell::RefCell, collections::BTreeMap, time::Duration};
 
 use lightcone::{
     admission::{AdmitError, Ask, LimitKind, Limits, Principal, Rate, Scope},
-    domain::{ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage},
+    domain::{ModelId, MoneyError, Month, NanoUsd, Price, RequestId, TenantId, Usage},
     ledger::{EndReason, Ledger, LedgerError, Moved, Refund, ReleaseReason, Settlement},
-    operator::{KeyChanges, OperatorError, TenantStatus},
+    operator::{KeyChanges, OperatorError, TenantChanges, TenantStatus},
+    webhooks::EndpointWish,
 };
 use proptest::{
     prop_assert, prop_assert_eq,
@@ -19,6 +20,7 @@ use proptest::{
 use crate::support::{
     aging::age,
     calendar::day_at,
+    changes,
     house::House,
     ledger_state,
     steps::{Back, KEYS, PRICES, Pick, Step, steps, tiers},
@@ -91,6 +93,7 @@ impl<'a> Case<'a> {
         let report = house.ledger.verify().await.expect("a report");
         prop_assert!(report.is_balanced(), "{:#?}", report);
         prop_assert_eq!(report.entries, case.twin.entries);
+        case.archive().await?;
         // The next case has the store to itself.
         let mut raw = house.valkey.raw().await;
         redis::cmd("FLUSHALL").exec_async(&mut raw).await.expect("FLUSHALL");
@@ -101,6 +104,8 @@ impl<'a> Case<'a> {
         let mut raw = house.valkey.raw().await;
         redis::cmd("FLUSHALL").exec_async(&mut raw).await.expect("FLUSHALL");
         let tenant = house.accounts.create_tenant("twin", NanoUsd::ZERO).await.expect("a tenant").id;
+        let told = EndpointWish { url: Some("https://example.com/hook".to_owned()), ..EndpointWish::default() };
+        house.accounts.set_webhook(&tenant, &told).await.expect("an endpoint");
         let mut keys = Vec::new();
         for _ in 0..KEYS {
             let scopes = [Scope::Chat].into_iter().collect();
@@ -114,6 +119,22 @@ impl<'a> Case<'a> {
         let today = day_at(house.store.now_unix_ms().await.expect("a time"));
         let twin = Twin::new(KEYS, of_tiers, today);
         Self { house, tenant, keys, twin, asked: Vec::new() }
+    }
+
+    /// Archives all months but this one, which changes nothing.
+    async fn archive(&self) -> Result<(), TestCaseError> {
+        let (folder, ledger) = (tempfile::tempdir().expect("a folder"), &self.house.ledger);
+        let now = ledger.now_unix_ms().await.expect("a time");
+        let archived = ledger.archive(folder.path(), Month::of(now)).await.expect("archived");
+        prop_assert!(archived.faults.is_empty(), "{:#?}", archived);
+        for report in [ledger.verify().await, ledger.verify_with(folder.path()).await] {
+            let report = report.expect("a report");
+            prop_assert!(report.is_balanced(), "after {:?}: {:#?}", archived, report);
+            prop_assert_eq!(report.entries, self.twin.entries);
+        }
+        let state = ledger_state::State::read(self.house, &self.tenant, &self.keys, &self.twin).await;
+        prop_assert_eq!(state, ledger_state::State::of(&self.twin), "after {:?}", archived);
+        Ok(())
     }
 
     /// What the twin expects and what the house answers.
@@ -291,25 +312,27 @@ impl<'a> Case<'a> {
         let done = match step {
             Step::LowBalance(low) => {
                 self.twin.set_low(low.map(i128::from));
-                accounts.set_low_balance(tenant, low.map(NanoUsd::new)).await.map(drop)
+                accounts.change_tenant(tenant, &changes::of_low_balance(low.map(NanoUsd::new))).await.map(drop)
             }
             Step::TenantLimit(kind, value) => {
                 set_limit(&mut self.twin.limits, kind, value);
-                accounts.set_tenant_limits(tenant, &vec![(kind, value)]).await.map(drop)
+                accounts.change_tenant(tenant, &changes::of_limits(vec![(kind, value)])).await.map(drop)
             }
             Step::KeyLimit(key, kind, value) if !self.twin.keys[key].revoked => {
                 set_limit(&mut self.twin.keys[key].limits, kind, value);
                 let changes = KeyChanges { limits: vec![(kind, value)], ..KeyChanges::default() };
-                accounts.change_key(&self.keys[key].key, changes).await.map(drop)
+                accounts.change_key(&self.keys[key].key, &changes).await.map(drop)
             }
             Step::Tier(tier) => {
                 tier.clone_into(&mut self.twin.tier);
-                accounts.set_tier(tenant, tier).await.map(drop)
+                let changes = TenantChanges { tier: Some(tier.to_owned()), ..TenantChanges::default() };
+                accounts.change_tenant(tenant, &changes).await.map(drop)
             }
             Step::Suspend(suspended) => {
                 self.twin.suspended = suspended;
                 let status = if suspended { TenantStatus::Suspended } else { TenantStatus::Active };
-                accounts.set_status(tenant, status).await.map(drop)
+                let changes = TenantChanges { status: Some(status), ..TenantChanges::default() };
+                accounts.change_tenant(tenant, &changes).await.map(drop)
             }
             Step::Revoke(key) => {
                 self.twin.keys[key].revoked = true;

@@ -163,21 +163,23 @@ async fn months_that_there_are_not_and_archived_ones_are_named() {
     let error = ledger.statement(&"ten_nobody".into(), months[2]).await.unwrap_err();
     assert!(matches!(error, StatementError::UnknownTenant(_)));
 
+    let before = [statement(&house, months[0]).await, statement(&house, months[1]).await];
     let untouched = statement(&house, months[2]).await;
-    let closed = statement(&house, months[0]).await.last_entry.unwrap();
-    let mut raw = house.valkey.raw().await;
-    let (account, entries) = (keys::account(tenant), keys::entries(tenant));
-    let archive = async |raw: &mut redis::aio::MultiplexedConnection, seq: u64| {
-        redis::cmd("HSET").arg(&account).arg("archived").arg(seq).exec_async(raw).await.unwrap();
-        let first = format!("{}-0", seq + 1);
-        redis::cmd("XTRIM").arg(&entries).arg("MINID").arg(first).exec_async(raw).await.unwrap();
-    };
-    archive(&mut raw, closed).await;
-    for month in &months[..2] {
-        let error = ledger.statement(tenant, *month).await.unwrap_err();
-        assert!(matches!(error, StatementError::Archived(archived) if archived == *month), "{error}");
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(ledger.archive(folder.path(), months[2]).await.unwrap().faults, [] as [&str; 0]);
+    let elsewhere = tempfile::tempdir().unwrap();
+    for ledger in [ledger.clone(), ledger.clone().with_archive(elsewhere.path().to_owned())] {
+        let error = ledger.statement(tenant, months[0]).await.unwrap_err();
+        assert!(matches!(error, StatementError::Archived(archived) if archived == months[0]), "{error}");
+        // Nothing happened in this one, as the store still knows.
+        assert_eq!(ledger.statement(tenant, months[1]).await.unwrap(), before[1]);
+        assert_eq!(ledger.statement(tenant, months[2]).await.unwrap(), untouched);
     }
-    assert_eq!(statement(&house, months[2]).await, untouched);
+    // Where the files are, they are what they were.
+    let ledger = ledger.clone().with_archive(folder.path().to_owned());
+    for (month, before) in months.iter().zip(before) {
+        assert_eq!(ledger.statement(tenant, *month).await.unwrap(), before);
+    }
 }
 
 /// Changes the first charge as somebody with full access to the store could. Answers its number.

@@ -10,26 +10,26 @@ use std::{
 const FILE_LINES_MAX: usize = 700;
 
 /// Which rooms a room may name, besides itself. Arrows point down the house: main, cli, node,
-/// {edge, cluster, operator}, {prompt, admission, queue, engine, ledger, journal}, grammar, {store, telemetry, model},
+/// {edge, cluster}, operator, {prompt, admission, queue, engine, ledger, journal, webhooks}, grammar, {store, telemetry, model},
 /// domain.
 /// The edge and the engine never meet. `config` is read above the third floor only; what lies below is
 /// given plain values.
-const ARROWS: [(&str, &str); 23] = [
+const ARROWS: [(&str, &str); 24] = [
     ("lib", ""),
     ("main", "cli"),
     (
         "cli",
         "node config catalog edge cluster operator prompt admission queue engine grammar ledger store telemetry model \
-         fault domain",
+         webhooks fault domain",
     ),
     (
         "node",
-        "config edge cluster operator prompt admission queue records engine grammar ledger journal store telemetry model \
-         domain",
+        "config edge cluster operator prompt admission queue records engine grammar ledger journal webhooks store telemetry \
+         model domain",
     ),
-    ("edge", "config prompt admission queue records ledger store telemetry model domain"),
+    ("edge", "config operator prompt admission queue records ledger webhooks store telemetry model domain"),
     ("cluster", "config prompt queue engine grammar ledger journal store telemetry model domain"),
-    ("operator", "config admission queue ledger store telemetry domain"),
+    ("operator", "config admission ledger webhooks store domain"),
     ("prompt", "grammar model telemetry domain"),
     ("admission", "store telemetry fault domain"),
     ("queue", "store telemetry fault domain"),
@@ -38,6 +38,7 @@ const ARROWS: [(&str, &str); 23] = [
     ("grammar", "model domain"),
     ("ledger", "store telemetry fault domain"),
     ("journal", "fault domain"),
+    ("webhooks", "store telemetry fault domain"),
     ("store", "child telemetry domain"),
     ("telemetry", "domain"),
     ("model", "domain"),

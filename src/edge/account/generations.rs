@@ -7,7 +7,12 @@ use serde::Serialize;
 use super::{ledger_failed, reader};
 use crate::{
     domain::{NanoUsd, Price, RequestId, TenantId, Usage},
-    edge::{auth::authenticate, error::ApiError, state::EdgeState, stored::store_failed},
+    edge::{
+        auth::authenticate,
+        error::{ApiError, shorten},
+        state::EdgeState,
+        stored::store_failed,
+    },
     ledger::{Entry, Generation, GenerationState, LedgerError, RECEIPT_VERSION, ReceiptStatement},
 };
 
@@ -137,27 +142,25 @@ fn stated(tenant: &TenantId, generation: Generation) -> Option<ReceiptStatement>
 async fn find(state: &EdgeState, tenant: &TenantId, id: &str) -> Result<Option<Generation>, ApiError> {
     let bare = ["chatcmpl-", "cmpl-", "resp_"].iter().find_map(|prefix| id.strip_prefix(prefix)).unwrap_or(id);
     let request = RequestId::from(format!("chatcmpl-{bare}"));
-    if let Some(found) = of_request(state, tenant, &request, id).await? {
-        return Ok(Some(found));
-    }
-    // What a client calls its request may begin like one of ours.
+    let found = match state.ledger.generation(tenant, &request).await {
+        Ok(Some(found)) => return Ok(Some(found)),
+        found => found,
+    };
+    // What a client calls its request may look like one of ours.
     for name in [id, bare] {
         if let Some(request) = state.records.named(tenant, name).await.map_err(store_failed)? {
-            return of_request(state, tenant, &request, id).await;
+            return state.ledger.generation(tenant, &request).await.map_err(|error| failed(error, id));
         }
     }
-    Ok(None)
+    found.map_err(|error| failed(error, id))
 }
 
-async fn of_request(
-    state: &EdgeState,
-    tenant: &TenantId,
-    request: &RequestId,
-    id: &str,
-) -> Result<Option<Generation>, ApiError> {
-    match state.ledger.generation(tenant, request).await {
-        Err(LedgerError::Archived(_)) => Err(ApiError::archived("id", format!("The generation '{id}'"))),
-        other => other.map_err(ledger_failed),
+fn failed(error: LedgerError, id: &str) -> ApiError {
+    match error {
+        LedgerError::Archived(_) => {
+            ApiError::archived("id", format!("What was asked at the time of '{}'", shorten(id)))
+        }
+        error => ledger_failed(error),
     }
 }
 

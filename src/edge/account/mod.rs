@@ -5,9 +5,12 @@
 pub mod balance;
 pub mod generations;
 pub mod limits;
+mod operations;
 pub mod organization;
 mod query;
 pub mod statements;
+
+pub(super) use operations::OPERATIONS;
 
 use actix_web::HttpRequest;
 

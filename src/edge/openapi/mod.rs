@@ -9,7 +9,8 @@ use actix_web::{HttpResponse, http::header, web};
 use serde_json::{Map, Value, json};
 
 use super::{
-    operations::{self, Answer, Method, OPERATIONS, Operation},
+    admin,
+    operations::{self, Answer, Method, Operation},
     state::EdgeState,
     wire::schema::{self, Kind, Limits},
 };
@@ -25,6 +26,7 @@ impl Document {
         let vocabularies = state.models.keys().map(|model| state.known(model).vocabulary.len());
         let limits = Limits {
             models: state.models.keys().map(ToString::to_string).collect(),
+            tiers: state.admission.tiers().iter().map(|(name, _)| name.to_owned()).collect(),
             messages_max: state.settings.messages_max,
             choices_max: state.settings.choices_max,
             context_tokens_max: state.models.values().map(|model| model.context_tokens_max).max().unwrap_or_default(),
@@ -49,11 +51,12 @@ pub async fn page(document: web::Data<Document>) -> HttpResponse {
 const ABOUT: &str = "Chat completions by OpenAI's contract. Every path under /v1 is served without /v1 as well. Another \
     method than those of a path is answered with 405 and `allow`. Errors are `{\"error\": {…}}`, or by RFC 9457 where \
     `accept` names application/problem+json. A field that is null has its default; one that nobody knows is ignored and \
-    named in `x-lightcone-ignored`.";
+    named in `x-lightcone-ignored`, but refused under /v1/admin, which is for keys with the scope `admin`. Amounts there \
+    are whole nano-dollars.";
 
 fn document(limits: &Limits, model: &str) -> Value {
     let mut paths = Map::new();
-    for operation in OPERATIONS {
+    for operation in operations::all() {
         let path = paths.entry(operation.documented_path()).or_insert_with(|| {
             let allowed = operations::allowed(operation.path);
             json!({ "description": format!("Allows {allowed}.") })
@@ -64,6 +67,8 @@ fn document(limits: &Limits, model: &str) -> Value {
         Kind::ALL.into_iter().map(|kind| (kind.name().to_owned(), schema::body(kind, limits))).collect();
     schemas.extend(schema::shared().into_iter().map(|(name, schema)| (name.to_owned(), schema)));
     schemas.extend(answers::all());
+    schemas.extend(admin::schemas::bodies(limits));
+    schemas.extend(admin::schemas::answers());
     json!({
         "openapi": "3.1.0",
         "info": { "title": "Lightcone", "version": env!("CARGO_PKG_VERSION"), "description": ABOUT },
@@ -125,6 +130,9 @@ fn success(operation: &Operation) -> Value {
         named.extend(["x-lightcone-ignored", "x-lightcone-limited-by"]);
         named.extend(LIMITS);
     }
+    if operation.is_admin() {
+        named.push("cache-control");
+    }
     let mut content = Map::new();
     let text = json!({ "schema": { "type": "string" } });
     match operation.answer {
@@ -146,14 +154,15 @@ fn success(operation: &Operation) -> Value {
         answer["content"] = json!(content);
     }
     let kept = match operation.id {
-        "createChatCompletion" => Some("getChatCompletion"),
-        "createResponse" => Some("getResponse"),
+        "createChatCompletion" => Some(("getChatCompletion", "Where `store` is true.")),
+        "createResponse" => Some(("getResponse", "Where `store` is true.")),
+        "adminCreateTenant" => Some(("adminGetTenant", "The tenant.")),
+        "adminCreateKey" => Some(("adminGetKey", "The key, without its secret.")),
         _ => None,
     };
-    if let Some(kept) = kept {
+    if let Some((kept, about)) = kept {
         answer["links"] = json!({ "stored": {
-            "operationId": kept, "parameters": { "id": "$response.body#/id" },
-            "description": "Where `store` is true.",
+            "operationId": kept, "parameters": { "id": "$response.body#/id" }, "description": about,
         } });
     }
     answer
@@ -181,12 +190,20 @@ fn event(name: &str) -> Value {
 fn parameters() -> Value {
     let mut all = json!({
         "limit": {
-            "name": "limit", "in": "query", "description": "Completions on one page.",
+            "name": "limit", "in": "query", "description": "How many on one page.",
             "schema": { "type": "integer", "minimum": 1, "maximum": 100, "default": 20 },
         },
         "after": {
             "name": "after", "in": "query", "description": "The id of the last one on the page before.",
             "schema": { "type": "string" },
+        },
+        "before": {
+            "name": "before", "in": "query", "description": "The id of the last one on the page before, which is newer.",
+            "schema": { "type": "string" },
+        },
+        "after-entry": {
+            "name": "after", "in": "query", "description": "The number of the last entry on the page before.",
+            "schema": { "type": "integer", "minimum": 0 },
         },
         "order": {
             "name": "order", "in": "query", "description": "The oldest first, or the newest.",
@@ -225,6 +242,8 @@ fn parameters_of(operation: &Operation, model: &str) -> Vec<Value> {
             "getModel" => model,
             "getResponse" | "deleteResponse" | "cancelResponse" => "resp_01a2084343c174828840b629153c69e0",
             "cancelCompletion" => "cmpl-01a2084343c174828840b629153c69e0",
+            _ if operation.path.starts_with("/v1/admin/tenants/") => "ten_development",
+            _ if operation.path.starts_with("/v1/admin/keys/") => "key_01a2084343c174828840b629153c69e0",
             _ => "chatcmpl-01a2084343c174828840b629153c69e0",
         };
         let schema = json!({ "type": "string", "minLength": 1 });
@@ -234,9 +253,6 @@ fn parameters_of(operation: &Operation, model: &str) -> Vec<Value> {
         parameters.push(reports::month());
     }
     parameters.extend(operation.parameters.iter().map(|name| component("parameters", name)));
-    if operation.id == "listChatCompletions" {
-        parameters.extend(["limit", "after", "order", "model", "metadata"].map(|name| component("parameters", name)));
-    }
     if operation.events.is_some() {
         parameters.extend(["idempotency-key", "last-event-id"].map(|name| component("parameters", name)));
     }
@@ -278,6 +294,24 @@ fn examples(body: &str, model: &str) -> Vec<(&'static str, Value)> {
             ("text", json!({ "model": model, "prompt": "A lighthouse" })),
             ("messages", json!({ "model": model, "messages": asks() })),
         ],
+        "AdminTenantRequest" => {
+            vec![("prepaid", json!({ "name": "Acme", "balance_nano_usd": 25_000_000_000_u64 }))]
+        }
+        "AdminTenantChanges" => vec![
+            ("limits", json!({ "limits": { "requests_per_minute": 60, "spend_per_day": 5_000_000_000_u64 } })),
+            ("resume", json!({ "status": "active" })),
+        ],
+        "AdminKeyRequest" => vec![("plain", json!({ "label": "laptop", "scopes": ["chat"], "models": [model] }))],
+        "AdminKeyChanges" => vec![("relabel", json!({ "label": "desk", "limits": { "requests_at_once": 4 } }))],
+        "AdminRotation" => vec![("an hour", json!({ "grace_seconds": 3600 }))],
+        "AdminCreditRequest" => vec![
+            ("grant", json!({ "kind": "grant", "amount_nano_usd": 1_000_000_000, "reference": "invoice-1" })),
+            ("adjust", json!({ "kind": "adjust", "amount_nano_usd": -1, "reference": "correction-1" })),
+        ],
+        "AdminPriceListRequest" => {
+            let price = json!({ "input_nano_usd": 200, "output_nano_usd": 300, "cached_input_nano_usd": 50 });
+            vec![("now", json!({ "version": "2027-01", "prices": { model: price } }))]
+        }
         _ => vec![("plain", json!({ "model": model, "tokens": [65, 66] }))],
     }
 }
@@ -306,6 +340,7 @@ fn headers() -> Value {
             "What there was not enough of for a longer answer; of answers that are no streams.",
             json!({ "enum": ["balance", "spend_limit"] }),
         ),
+        "cache-control": required("Nobody on the way may keep it.", json!({ "const": "no-store" })),
         "x-should-retry": header("Whether sending the same again can help.", json!({ "enum": ["true", "false"] })),
         "retry-after": header("Seconds after which to try again.", json!({ "type": "integer", "minimum": 1 })),
         "retry-after-ms": header("The same in milliseconds.", json!({ "type": "integer", "minimum": 1 })),
@@ -375,6 +410,14 @@ fn refusal(status: u16) -> Refusal {
             None,
             "Not allowed to PUT on /v1/models.",
         ),
+        409 => (
+            "Conflict",
+            "It goes against what is there: a reference that was used for something else, a key that is revoked, money \
+                that is not there.",
+            [INVALID, "reference_reused"],
+            Some("reference"),
+            "`invoice-1` stands for something else already.",
+        ),
         408 => (
             "RequestTimeout",
             "The body did not arrive in time.",
@@ -427,14 +470,14 @@ fn refusal(status: u16) -> Refusal {
     }
 }
 
-const REFUSALS: [u16; 13] = [400, 401, 402, 403, 404, 405, 408, 413, 415, 422, 429, 500, 503];
+const REFUSALS: [u16; 14] = [400, 401, 402, 403, 404, 405, 408, 409, 413, 415, 422, 429, 500, 503];
 
 fn responses() -> Map<String, Value> {
     let described = |status| {
         let (name, about, [kind, code], param, message) = refusal(status);
         let mut named: Vec<&str> = match status {
             401 => vec!["www-authenticate"],
-            402 => vec!["x-should-retry"],
+            402 | 409 => vec!["x-should-retry"],
             405 => vec!["allow"],
             429 | 503 => vec!["retry-after", "retry-after-ms", "x-should-retry"],
             _ => Vec::new(),

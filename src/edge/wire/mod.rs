@@ -6,7 +6,7 @@ pub mod fields;
 mod format;
 pub mod json;
 mod messages;
-mod read;
+pub mod read;
 pub mod responses;
 mod sampling;
 pub mod schema;
@@ -85,6 +85,10 @@ impl Body {
                 Err(ApiError::malformed_json(why))
             }
         }
+    }
+
+    pub fn fields(&self) -> Fields<'_> {
+        Fields::root(&self.map)
     }
 
     /// The model's name; `None` is the configured default.

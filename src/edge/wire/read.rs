@@ -5,7 +5,7 @@ use std::{borrow::Cow, ops::RangeInclusive};
 use serde_json::{Map, Value};
 
 use super::json;
-use crate::edge::error::ApiError;
+use crate::{domain::NanoUsd, edge::error::ApiError};
 
 /// An object of a request. A field that is null is as one that is not there.
 #[derive(Clone)]
@@ -36,6 +36,11 @@ impl<'a> Fields<'a> {
     /// Names and values of all fields that are there.
     pub fn all(&self) -> impl Iterator<Item = (&'a str, &'a Value)> {
         self.map.iter().filter(|(_, value)| !value.is_null()).map(|(name, value)| (name.as_str(), value))
+    }
+
+    /// Names of all fields that were written, those that are null among them.
+    pub fn written(&self) -> impl Iterator<Item = &'a str> {
+        self.map.keys().map(String::as_str)
     }
 
     pub fn given(&self, name: &str) -> Option<&'a Value> {
@@ -82,6 +87,19 @@ impl<'a> Fields<'a> {
         match i64::try_from(integer).ok().filter(|integer| range.contains(integer)) {
             Some(integer) => Ok(Some(integer)),
             None => Err(self.outside(name, range.start(), range.end(), value)),
+        }
+    }
+
+    /// Of money, in nano-dollars: nothing that was written as a fraction or with an exponent, for readers round those.
+    pub fn amount(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<NanoUsd>, ApiError> {
+        let Some(value) = self.given(name) else { return Ok(None) };
+        let whole = value.as_i64().map(i128::from).or_else(|| value.as_u64().map(i128::from));
+        // What is too long for 64 bits was read as a float.
+        let is_huge = value.as_f64().is_some_and(|number| number.abs() >= 2_f64.powi(63));
+        match whole.and_then(|whole| i64::try_from(whole).ok()).filter(|whole| range.contains(whole)) {
+            Some(whole) => Ok(Some(NanoUsd::new(whole))),
+            None if whole.is_some() || is_huge => Err(self.outside(name, range.start(), range.end(), value)),
+            None => Err(wrong_type(&self.param(name), "a whole number of nano-dollars", value)),
         }
     }
 

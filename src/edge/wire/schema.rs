@@ -10,6 +10,8 @@ use super::fields::{self, Disposition, Neutral, Table};
 /// What a schema has from the configuration and the models; of several models the greatest bound.
 pub struct Limits {
     pub models: Vec<String>,
+    /// By what persons call them.
+    pub tiers: Vec<String>,
     pub messages_max: usize,
     pub choices_max: u32,
     pub context_tokens_max: u32,
@@ -499,7 +501,14 @@ mod tests {
     #[test]
     fn schemas_compile_and_take_null_wherever_a_field_may_be_left_out() {
         let models = vec!["m".to_owned()];
-        let limits = Limits { models, messages_max: 8, choices_max: 4, context_tokens_max: 512, vocabulary: 100 };
+        let limits = Limits {
+            models,
+            tiers: Vec::new(),
+            messages_max: 8,
+            choices_max: 4,
+            context_tokens_max: 512,
+            vocabulary: 100,
+        };
         for kind in Kind::ALL {
             let mut whole = body(kind, &limits);
             if let Some(whole) = whole.as_object_mut() {

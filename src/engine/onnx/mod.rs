@@ -163,7 +163,12 @@ impl Forward for OnnxModel {
     }
 }
 
+/// ONNX Runtime notes each custom domain in a register of the process when a session is made, without a lock: two that
+/// are made at once may both find it missing, and the second one fails.
+static MAKING: Mutex<()> = Mutex::new(());
+
 fn session(runtime: &OnnxRuntime, shared: &Arc<Shared>) -> Result<Session, EngineError> {
+    let _alone = MAKING.lock();
     let graph = served_graph(&shared.params, shared.weights.matrices_bytes);
     let mut builder: SessionBuilder = Session::builder(&runtime.environment)?;
     builder = builder.with_operators(operators::domain(shared)?).map_err(plain)?;

@@ -127,7 +127,8 @@ local function hold(keys, args)
     return {'overflow'}
   end
 
-  local day = day_name(now)
+  -- By the clock of the ledger, which never goes back: its entries say what each day must have.
+  local day = day_name(math.max(now, tonumber(account.at)))
   local parties = parties_of(keys, ask.key, tenant_limits, key_limits, day)
   if too_many_open(parties) then
     -- Some may be open only because nobody has swept yet.
@@ -142,13 +143,9 @@ local function hold(keys, args)
   local room, party_in_way, name_in_way = spend_room(parties)
   local paid, amount, by = affordable(account, room, prompt * input, output, wanted)
   if paid < choices then
+    tell_in_way(keys, by, party_in_way, name_in_way, day)
     if by == 'balance' then
       return {'insufficient', account.balance, unpack(tell_windows(keys, windows, now))}
-    end
-    local once = 'told:' .. party_in_way.who .. ':' .. name_in_way
-    local period = name_in_way == 'spend_per_day' and day or string.sub(day, 1, 6)
-    if redis.call('HSETNX', beside(keys, 'period:' .. period), once, '1') == 1 then
-      tell_outside(keys, 'limit.reached', party_in_way.label .. ' ' .. name_in_way)
     end
     return {
       'limit', name_in_way, party_in_way.label, whole(spend_wait(name_in_way, now)),
@@ -163,6 +160,10 @@ local function hold(keys, args)
     }
   end
   if overrun then
+    -- A request that would never fit says nothing of the day.
+    if not overrun.bucket and overrun.amount <= overrun.limit then
+      tell_limit(keys, overrun.party, overrun.limit_name, day)
+    end
     return {
       'limit', overrun.limit_name, overrun.party.label, whole(window_wait(keys, overrun, now)), whole(overrun.limit),
       unpack(tell_windows(keys, windows, now)),
@@ -187,7 +188,7 @@ local function hold(keys, args)
     completion = whole(paid), input = ask.input, output = ask.output, cached_input = ask.cached_input,
     version = ask.version, amount = amount,
   })
-  watch_balance(keys)
+  tell_in_way(keys, by, party_in_way, name_in_way, day)
   return {'held', amount, whole(paid), by, unpack(tell_windows(keys, windows, now))}
 end
 
@@ -221,9 +222,11 @@ local function extend(keys, args)
     return redis.error_reply('DAMAGED ' .. keys[ACCOUNT] .. ' has a limit that is no number')
   end
   -- Of the day that it counts for, which may be over.
-  local room = spend_room(parties_of(keys, entry.key, tenant_limits, key_limits, behind.day))
+  local room, party_in_way, name_in_way =
+    spend_room(parties_of(keys, entry.key, tenant_limits, key_limits, behind.day))
   local paid, amount, by = affordable(account, room, 0, price, wanted)
   if paid <= 0 then
+    tell_in_way(keys, by, party_in_way, name_in_way, behind.day)
     return {'extended', '0', by}
   end
   if move_balance(keys, minus(amount)) < 0 then
@@ -236,7 +239,7 @@ local function extend(keys, args)
   entry.kind, entry.request, entry.tenant, entry.amount = 'hold', ask.request, ask.tenant, amount
   entry.completion, entry.note = whole(paid), 'extended'
   append(keys, entry)
-  watch_balance(keys)
+  tell_in_way(keys, by, party_in_way, name_in_way, behind.day)
   return {'extended', whole(paid), by}
 end
 
@@ -284,6 +287,9 @@ end
 
 -- Whoever had a request that was released for this could not say what it used.
 local LATE_AFTER = {expired = true, worker_lost = true}
+local LATE_MS_MAX = 30 * DAY_MS
+-- Requests are named by edges, whose clocks may be off by so much.
+local CLOCKS_OFF_MS = 3600000
 
 -- A request whose hold was given up before it was known what it used: charged to the balance, and what that cannot
 -- pay is written off.
@@ -295,7 +301,7 @@ local function post_late(keys, account, entry)
     -- is older than the archive was forgotten on purpose.
     local archived_at = tonumber(redis.call('HGET', keys[ACCOUNT], 'archived_at') or '0')
     local begun_at = tonumber(string.match(entry.request, '(%x%x%x%x%x%x%x%x%x%x%x%x)%x*$') or '0', 16)
-    if entry.begun ~= '1' or begun_at <= archived_at then
+    if entry.begun ~= '1' or begun_at <= archived_at + CLOCKS_OFF_MS then
       return {'absent'}
     end
     entry.reference = 'unheld'
@@ -314,6 +320,9 @@ local function post_late(keys, account, entry)
   end
   if pack_terms(of_release) ~= pack_terms(entry) then
     return {'other_terms'}
+  end
+  if math.max(now_ms(), tonumber(account.at)) - tonumber(of_release.at) > LATE_MS_MAX then
+    return {'ended', ended}
   end
   return collect(keys, account, entry)
 end
@@ -386,7 +395,7 @@ local function settle(keys, args)
     if refused then
       return refused
     end
-    local today = day_name(now_ms())
+    local today = day_name(math.max(now_ms(), tonumber(account.at)))
     count_tokens(keys, entry.key, today, used)
     count_spend(keys, entry.key, today, entry.amount)
     seq = tonumber(redis.call('HGET', keys[ACCOUNT], 'seq')) + 1

@@ -20,7 +20,6 @@ local COUNTS = {
 }
 local TERMS_FIELDS = {'key', 'model', 'input', 'output', 'cached_input', 'version'}
 local USAGE_HOURS_KEPT_SECONDS, USAGE_MINUTES_KEPT_SECONDS = 400 * 86400, 2 * 86400
-local OUTBOX_MAX = 1000
 
 local function minus(amount)
   if amount == '0' then
@@ -102,34 +101,6 @@ end
 local function move_balance(keys, amount)
   redis.call('HINCRBY', keys[ACCOUNT], 'balance', amount)
   return redis.call('HINCRBY', keys[ACCOUNT], 'available', amount)
-end
-
--- Tells whoever delivers them that something happened that a person wants to know.
-local function tell_outside(keys, kind, detail)
-  local outbox = beside(keys, 'outbox')
-  local id = redis.call('HINCRBY', keys[ACCOUNT], 'events', 1)
-  redis.call('RPUSH', outbox, cjson.encode({
-    id = whole(id), kind = kind, detail = detail, at = whole(now_ms()),
-    balance = redis.call('HGET', keys[ACCOUNT], 'balance'),
-  }))
-  -- A receiver that has been away for so long is told of the last ones.
-  redis.call('LTRIM', outbox, -OUTBOX_MAX, -1)
-  redis.call('PUBLISH', OUTBOX_CHANNEL, keys[ACCOUNT])
-end
-
--- Once when less is left than the tenant wants to have, and again only after there was more.
-local function watch_balance(keys)
-  local state = redis.call('HMGET', keys[ACCOUNT], 'low', 'low_told', 'available')
-  if not state[1] or state[1] == '' then
-    return
-  end
-  local is_low = tonumber(state[3]) < tonumber(state[1])
-  if is_low and state[2] ~= '1' then
-    redis.call('HSET', keys[ACCOUNT], 'low_told', '1')
-    tell_outside(keys, 'balance.low', state[1])
-  elseif not is_low and state[2] == '1' then
-    redis.call('HSET', keys[ACCOUNT], 'low_told', '0')
-  end
 end
 
 -- Appends an entry with the account as it is now. Its time never lies before that of the one before it, and its
@@ -234,7 +205,7 @@ local function grant(keys, args)
   local entry = append(keys, {
     kind = 'grant', reference = ask.reference, tenant = ask.tenant, amount = ask.amount, note = ask.note,
   })
-  watch_balance(keys)
+  watch_balance(keys, true)
   return {'granted', entry.balance, entry.seq}
 end
 
@@ -270,7 +241,7 @@ local function adjust(keys, args)
   local entry = append(keys, {
     kind = 'adjust', reference = ask.reference, tenant = ask.tenant, amount = ask.amount, note = ask.note,
   })
-  watch_balance(keys)
+  watch_balance(keys, string.sub(ask.amount, 1, 1) ~= '-')
   return {'adjusted', entry.balance, entry.seq}
 end
 
@@ -315,7 +286,7 @@ local function refund(keys, args)
     kind = 'refund', request = ask.request, reference = ask.reference, tenant = ask.tenant, amount = ask.amount,
     note = ask.note,
   })
-  watch_balance(keys)
+  watch_balance(keys, true)
   return {'refunded', entry.balance, entry.seq}
 end
 
@@ -344,7 +315,7 @@ local function credit(keys, args)
   redis.call('HINCRBY', keys[ACCOUNT], 'available', ask.amount)
   redis.call('HSET', keys[ACCOUNT], 'credit', ask.amount)
   local entry = append(keys, {kind = 'credit', tenant = ask.tenant, amount = ask.amount, note = ask.note})
-  watch_balance(keys)
+  watch_balance(keys, #ask.amount > #before or #ask.amount == #before and ask.amount > before)
   return {'set', entry.balance, entry.seq}
 end
 
@@ -359,6 +330,10 @@ local function account_set(keys, args)
     return {'unknown_tenant'}
   end
   for index = 1, #args, 2 do
+    -- Whoever names another amount wants to be told of that one as well.
+    if args[index] == 'low' and redis.call('HGET', keys[ACCOUNT], 'low') ~= args[index + 1] then
+      redis.call('HDEL', keys[ACCOUNT], 'low_told')
+    end
     if args[index + 1] == '' and string.sub(args[index], 1, 6) == 'limit:' then
       redis.call('HDEL', keys[ACCOUNT], args[index])
     else
@@ -369,13 +344,21 @@ local function account_set(keys, args)
   return {'set'}
 end
 
--- The same for a key's record, which must be there. Arguments: key, then field and value, in pairs.
+-- The same for a key's record, which must not have ended: whoever changes it may have read it before it did. Arguments:
+-- key, the secret (by its SHA-256) that it must still have ('' for whatever it has), then field and value, in pairs.
 local function key_set(keys, args)
   local record = beside(keys, 'key:' .. args[1])
-  if redis.call('EXISTS', record) == 0 then
+  local state = redis.call('HMGET', record, 'status', 'secret')
+  if not state[1] then
     return {'unknown_key'}
   end
-  for index = 2, #args, 2 do
+  if state[1] ~= 'active' then
+    return {'ended'}
+  end
+  if args[2] ~= '' and args[2] ~= state[2] then
+    return {'other_secret'}
+  end
+  for index = 3, #args, 2 do
     if args[index + 1] == '' then
       redis.call('HDEL', record, args[index])
     else
@@ -413,9 +396,12 @@ local function standing(keys, args)
   return answer
 end
 
--- The account and its open holds at one instant. Entries up to `seq` cannot change afterwards, so whoever
--- audits reads them at leisure.
+-- The account, its open holds and its counters at one instant. Entries up to `seq` cannot change afterwards, so whoever
+-- audits reads them at leisure; and so are the counters of hours before that of the last entry.
 local function snapshot(keys)
+  local at = tonumber(redis.call('HGET', keys[ACCOUNT], 'at') or '') or 0
+  local now = math.max(now_ms(), at)
+  local day = day_name(now)
   return {
     redis.call('HGETALL', keys[ACCOUNT]),
     redis.call('HGETALL', keys[HOLDS]),
@@ -424,6 +410,11 @@ local function snapshot(keys)
     redis.call('HGETALL', keys[OPEN]),
     redis.call('HLEN', keys[ENDED]),
     redis.call('XLEN', keys[ENTRIES]),
+    redis.call('GET', beside(keys, 'checkpoint')),
+    whole(now),
+    redis.call('HGETALL', beside(keys, 'usage:hour:' .. whole(math.floor(at / 3600000)))),
+    redis.call('HGETALL', beside(keys, 'period:' .. day)),
+    redis.call('HGETALL', beside(keys, 'period:' .. string.sub(day, 1, 6))),
   }
 end
 

@@ -181,6 +181,8 @@ impl Front {
             admission: house.admission.clone().with_tiers(tiers),
             guard: Guard::new(house.store.clone(), guard_limits),
             receipts: house.receipts.clone(),
+            accounts: house.accounts.clone(),
+            private_webhooks: true,
             ledger: Ledger::new(house.store.clone(), hold_lease),
             queue,
             records: Records::new(house.store.clone(), Retention::default(), hold_lease),

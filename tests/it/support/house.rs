@@ -57,6 +57,16 @@ impl House {
         self.admission.admit(&self.principal, ask(prompt_tokens, output_tokens_max)).await
     }
 
+    pub async fn admit_as(
+        &self,
+        request: RequestId,
+        prompt_tokens: u32,
+        output_tokens_max: u32,
+    ) -> Result<AdmittedRequest, AdmitError> {
+        let ask = Ask { request, ..ask(prompt_tokens, output_tokens_max) };
+        self.admission.admit(&self.principal, ask).await
+    }
+
     pub async fn balance(&self) -> Balance {
         self.ledger.balance(&self.tenant).await.expect("a balance")
     }

@@ -107,5 +107,10 @@ fn number(text: &str) -> i128 {
 fn told(event: &str) -> (String, String) {
     let event: serde_json::Value = serde_json::from_str(event).expect("JSON");
     let text = |name: &str| event[name].as_str().expect("a text").to_owned();
-    (text("kind"), text("detail"))
+    let detail = match &*text("kind") {
+        "balance.low" => text("threshold"),
+        "limit.reached" => format!("{} {}", text("scope"), text("limit")),
+        _ => String::new(),
+    };
+    (text("kind"), detail)
 }

@@ -2,6 +2,7 @@
 
 pub mod aging;
 pub mod calendar;
+pub mod changes;
 pub mod engine;
 pub mod front;
 pub mod genai;
@@ -11,8 +12,10 @@ pub mod house;
 pub mod hub;
 pub mod ledger_state;
 pub mod model;
+pub mod old;
 pub mod past;
 pub mod process;
+pub mod receiver;
 pub mod requests;
 pub mod steps;
 pub mod twin;

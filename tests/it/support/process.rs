@@ -85,16 +85,39 @@ impl Home {
             command.env_remove(name);
         }
         command.args(arguments).arg("--config").arg(self.folder.path().join("config.toml"));
-        command.arg("--data-dir").arg(self.data_dir()).args(["--output", "json"]);
+        command.arg("--data-dir").arg(self.data_dir());
         command
     }
 
     /// Runs one operator's command and reads its answer.
     pub fn run(&self, arguments: &[&str]) -> Value {
-        let output = self.command(arguments).output().expect("the program runs");
+        let output = self.command(arguments).args(["--output", "json"]).output().expect("the program runs");
         let errors = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{arguments:?}: {errors}");
         serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{arguments:?}: {error}: {errors}"))
+    }
+
+    /// The same as a person sees it.
+    pub fn table(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().expect("the program runs");
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("UTF-8")
+    }
+
+    /// Runs a command that must fail: its exit code, and what it says.
+    pub fn refused(&self, arguments: &[&str]) -> (i32, String) {
+        let output = self.command(arguments).args(["--output", "json"]).output().expect("the program runs");
+        let errors = String::from_utf8(output.stderr).expect("UTF-8");
+        assert!(!output.status.success() && output.stdout.is_empty(), "{arguments:?}: {errors}");
+        (output.status.code().expect("an exit"), errors)
+    }
+
+    /// Runs one that must fail; answers all that it said.
+    pub fn fails(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().expect("the program runs");
+        assert!(!output.status.success(), "{arguments:?}");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        text(&output.stdout) + &text(&output.stderr)
     }
 
     pub fn start(&self, arguments: &[&str]) -> Node {
@@ -103,7 +126,7 @@ impl Home {
 
     /// A node that something happens to at a point in its code; see `lightcone::fault`.
     pub fn start_armed(&self, arguments: &[&str], fault: &str) -> Node {
-        let mut serve = vec!["serve", "--listen", "127.0.0.1:0"];
+        let mut serve = vec!["serve", "--listen", "127.0.0.1:0", "--output", "json"];
         serve.extend(arguments);
         let mut command = self.command(&serve);
         if !fault.is_empty() {

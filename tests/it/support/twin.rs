@@ -1,17 +1,19 @@
 //! A tenant's account as plain sums in 128 bits: what every call must answer, and what must be on the books after it.
 //! Obviously right rather than quick; knows no store.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use lightcone::{
     admission::{LimitKind, Party},
     domain::{FundsEnd, Price, Usage},
 };
 
-use super::calendar::month_of;
+use super::calendar::{day_name, month_of};
 
 /// No single request may cost more.
 const EXACT_MAX: i128 = 9_000_000_000_000_000;
+/// For so long a request may be charged after its hold was given up.
+const LATE_DAYS: i64 = 30;
 const MOST: i128 = i64::MAX as i128;
 const LEAST: i128 = i64::MIN as i128;
 /// Lapsed holds that a crowded admission sweeps by itself.
@@ -85,8 +87,11 @@ enum End {
         amount: i128,
         left: i128,
     },
-    /// With the terms where it may still be posted.
-    Released(Option<Terms>),
+    /// With the terms where it may still be posted, for thirty days.
+    Released {
+        late: Option<Terms>,
+        days_ago: i64,
+    },
 }
 
 #[derive(Clone, Debug, Default)]
@@ -124,10 +129,12 @@ pub struct Twin {
     pub events: Vec<(&'static str, String)>,
     pub entries: u64,
     low_told: bool,
+    exhausted_told: bool,
     ends: BTreeMap<String, End>,
     /// What was done under each reference.
     references: BTreeMap<String, String>,
-    told: BTreeSet<(Option<usize>, LimitKind, i64)>,
+    /// By party, limit and its day or month: the limit that the tenant was told of.
+    told: BTreeMap<(Option<usize>, LimitKind, String), u64>,
 }
 
 struct Window {
@@ -154,7 +161,7 @@ impl Twin {
     pub fn charged_requests(&self) -> impl Iterator<Item = (&str, i128)> {
         self.ends.iter().filter_map(|(request, end)| match end {
             End::Posted { amount, .. } => Some((request.as_str(), *amount)),
-            End::Released(_) => None,
+            End::Released { .. } => None,
         })
     }
 
@@ -174,7 +181,7 @@ impl Twin {
         if let Some(before) = self.done_before(format!("grant {reference}"), format!("{amount} {note}")) {
             return before;
         }
-        if !self.has_room_for(amount) {
+        if self.granted + amount > MOST || !self.has_room_for(amount) {
             return Outcome::Overflow;
         }
         self.granted += amount;
@@ -231,12 +238,15 @@ impl Twin {
         if !self.has_room_for(amount - self.credit) {
             return Outcome::Overflow;
         }
+        self.exhausted_told &= amount <= self.credit;
         self.credit = amount;
         self.wrote(1);
         Outcome::Moved { balance: self.balance, repeated: false }
     }
 
     pub fn set_low(&mut self, low: Option<i128>) -> Outcome {
+        // Another amount is told of as well.
+        self.low_told &= low == self.low;
         self.low = low;
         self.wrote(0);
         Outcome::Done
@@ -271,15 +281,10 @@ impl Twin {
         let room = self.spend_room(terms.key, &tier, self.today);
         let (paid, by) = affordable(i128::from(wanted), fixed, output, room.map(|room| room.0), self.available());
         if paid < i128::from(choices) {
+            self.tell_in_way(by, room, terms.key, &tier, self.today);
             let Some((_, kind, of)) = room.filter(|_| by == Some(FundsEnd::SpendLimit)) else {
                 return Outcome::Insufficient { balance: self.balance };
             };
-            let who = (of == Party::Key).then_some(terms.key);
-            let period = if kind == LimitKind::SpendPerDay { self.today } else { i64::MIN };
-            if self.told.insert((who, kind, period)) {
-                let of = if of == Party::Key { "key" } else { "tenant" };
-                self.events.push(("limit.reached", format!("{of} {kind}")));
-            }
             let limit = self.limit(of, terms.key, &tier, kind);
             return Outcome::Limited { kind, of, limit, never: false, rates };
         }
@@ -289,7 +294,11 @@ impl Twin {
         }
         if let Some(full) = windows.iter().find(|window| window.used + window.amount > i128::from(window.limit)) {
             let never = full.amount > i128::from(full.limit);
-            return Outcome::Limited { kind: full.kind, of: full.of, limit: full.limit, never, rates };
+            let (kind, of, limit) = (full.kind, full.of, full.limit);
+            if !never {
+                self.tell_limit(kind, of, terms.key, limit, self.today);
+            }
+            return Outcome::Limited { kind, of, limit, never, rates };
         }
         let amount = fixed + paid * output;
         self.balance -= amount;
@@ -299,6 +308,7 @@ impl Twin {
             counts.tokens += tokens;
             counts.spend += amount;
         }
+        self.tell_in_way(by, room, terms.key, &tier, self.today);
         let hold = Hold { terms: terms.clone(), amount, day: self.today, tokens, tier, lapsed: false };
         self.holds.insert(request.clone(), hold);
         self.wrote(1);
@@ -312,8 +322,9 @@ impl Twin {
         if i128::from(wanted) * output > EXACT_MAX {
             return Outcome::Overflow;
         }
-        let room = self.spend_room(hold.terms.key, &hold.tier, hold.day).map(|room| room.0);
-        let (paid, by) = affordable(i128::from(wanted), 0, output, room, self.available());
+        let room = self.spend_room(hold.terms.key, &hold.tier, hold.day);
+        let (paid, by) = affordable(i128::from(wanted), 0, output, room.map(|room| room.0), self.available());
+        self.tell_in_way(by, room, hold.terms.key, &hold.tier, hold.day);
         if paid <= 0 {
             return Outcome::Extended { tokens: 0, by };
         }
@@ -343,10 +354,13 @@ impl Twin {
             Some(End::Posted { amount, .. }) => {
                 return Outcome::Settled { amount: *amount, repeated: true, late: false };
             }
-            Some(End::Released(None)) => return Outcome::HoldGone,
-            Some(End::Released(Some(admitted_for))) => {
+            Some(End::Released { late: None, .. }) => return Outcome::HoldGone,
+            Some(End::Released { late: Some(admitted_for), days_ago }) => {
                 if admitted_for != terms {
                     return Outcome::OtherTerms;
+                }
+                if *days_ago >= LATE_DAYS {
+                    return Outcome::HoldGone;
                 }
                 return if amount > EXACT_MAX {
                     Outcome::Overflow
@@ -407,7 +421,7 @@ impl Twin {
         self.balance += hold.amount;
         self.count_spend(hold.day, hold.terms.key, -hold.amount);
         self.count_tokens(hold.day, hold.terms.key, -hold.tokens);
-        self.ends.insert(request.to_owned(), End::Released(late.then_some(hold.terms)));
+        self.ends.insert(request.to_owned(), End::Released { late: late.then_some(hold.terms), days_ago: 0 });
         self.wrote(1);
         Outcome::Released(true)
     }
@@ -433,6 +447,11 @@ impl Twin {
         self.days = counts.into_iter().map(|((day, party), counts)| ((day - days, party), counts)).collect();
         self.holds.values_mut().for_each(|hold| hold.day -= days);
         self.told.clear();
+        for end in self.ends.values_mut() {
+            if let End::Released { days_ago, .. } = end {
+                *days_ago += days;
+            }
+        }
     }
 
     fn done_before(&self, name: String, what: String) -> Option<Outcome> {
@@ -444,6 +463,7 @@ impl Twin {
 
     fn move_in(&mut self, amount: i128, name: String, what: String) -> Outcome {
         self.balance += amount;
+        self.exhausted_told &= amount <= 0;
         self.references.insert(name, what);
         self.wrote(1);
         Outcome::Moved { balance: self.balance, repeated: false }
@@ -516,12 +536,43 @@ impl Twin {
         [None, Some(key)].into_iter().for_each(|party| self.counts(day, party).tokens += tokens);
     }
 
+    /// What kept a request from the money that it asked for: told once until there is more, or once a day or month.
+    fn tell_in_way(
+        &mut self,
+        by: Option<FundsEnd>,
+        room: Option<(i128, LimitKind, Party)>,
+        key: usize,
+        tier: &Limits,
+        day: i64,
+    ) {
+        match (by, room) {
+            (Some(FundsEnd::Balance), _) if !self.exhausted_told => {
+                self.exhausted_told = true;
+                self.events.push(("balance.exhausted", String::new()));
+            }
+            (Some(FundsEnd::SpendLimit), Some((_, kind, of))) => {
+                let limit = self.limit(of, key, tier, kind);
+                self.tell_limit(kind, of, key, limit, day);
+            }
+            _ => {}
+        }
+    }
+
+    fn tell_limit(&mut self, kind: LimitKind, of: Party, key: usize, limit: u64, day: i64) {
+        let who = (of == Party::Key).then_some(key);
+        let period = if kind == LimitKind::SpendPerMonth { month_of(day) } else { day_name(day) };
+        if self.told.insert((who, kind, period), limit) != Some(limit) {
+            let of = if of == Party::Key { "key" } else { "tenant" };
+            self.events.push(("limit.reached", format!("{of} {kind}")));
+        }
+    }
+
     /// So many entries; and whoever wants to know that little is left is told once, and again only after there was
     /// more.
     fn wrote(&mut self, entries: u64) {
         self.entries += entries;
         let Some(low) = self.low else { return };
-        let is_low = self.available() < low;
+        let is_low = self.available() + self.held() < low;
         if is_low && !self.low_told {
             self.events.push(("balance.low", low.to_string()));
         }

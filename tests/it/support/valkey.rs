@@ -37,6 +37,24 @@ impl Valkey {
         self.folder.path()
     }
 
+    /// Whether the text stands anywhere in the server's files.
+    pub fn has_written(&self, text: &str) -> bool {
+        let mut paths = vec![self.folder().to_owned()];
+        while let Some(path) = paths.pop() {
+            let kind = std::fs::symlink_metadata(&path).expect("a file").file_type();
+            if kind.is_dir() {
+                let entries = std::fs::read_dir(&path).expect("a folder");
+                paths.extend(entries.map(|entry| entry.expect("an entry").path()));
+            } else if kind.is_file() {
+                let bytes = std::fs::read(&path).expect("a file");
+                if bytes.windows(text.len()).any(|window| window == text.as_bytes()) {
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
     pub async fn store(&self) -> Store {
         Store::connect(&self.url(), COMMAND_MAX).await.expect("the store is up")
     }
