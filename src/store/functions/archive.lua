@@ -7,12 +7,9 @@ local TRIM_MAX = 1024
 -- after it.
 local function trim(keys, args)
   local ask = named(args, {'after', 'upto', 'at', 'link', 'checkpoint'})
-  local fault, absent, account = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local account, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   if ask.after ~= account.archived then
     return {'moved', account.archived}

@@ -89,12 +89,9 @@ local HOLD_ARGS = {
 -- A refusal names what is in the way; every answer ends with what is left of the rates.
 local function hold(keys, args)
   local ask = named(args, HOLD_ARGS)
-  local fault, absent, account = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local account, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   local state = redis.call('HMGET', keys[ACCOUNT], 'status', 'tier', unpack(LIMIT_FIELDS))
   if state[1] ~= 'active' then
@@ -137,7 +134,7 @@ local function hold(keys, args)
       return broken
     end
     parties = parties_of(keys, ask.key, tenant_limits, key_limits, day)
-    fault, absent, account = look_at(keys)
+    account = known(keys)
   end
   local windows, overrun = rate_windows(keys, parties, tokens, now)
   local room, party_in_way, name_in_way = spend_room(parties)
@@ -196,12 +193,9 @@ end
 -- tenant, request, wanted. Answers how many, and what was in the way of more.
 local function extend(keys, args)
   local ask = named(args, {'tenant', 'request', 'wanted'})
-  local fault, absent, account = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local account, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   local packed = redis.call('HGET', keys[TERMS], ask.request)
   if not packed or redis.call('HEXISTS', keys[HOLDS], ask.request) == 0 then
@@ -341,12 +335,9 @@ local function settle(keys, args)
   if ended and string.sub(ended, 1, 5) == 'post ' then
     return {'ended', ended}
   end
-  local fault, absent, account = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local account, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   if not is_amount(entry.amount) then
     return {'bad_amount'}
@@ -376,7 +367,7 @@ local function settle(keys, args)
         return released
       end
       held = false
-      fault, absent, account = look_at(keys)
+      account = known(keys)
     end
   end
   if held then

@@ -70,6 +70,15 @@ local function look_at(keys)
   return nil, false, account
 end
 
+-- The fields of a tenant's account, or nil and what to answer instead.
+local function known(keys)
+  local fault, absent, account = look_at(keys)
+  if fault or absent then
+    return nil, fault or {'unknown_tenant'}
+  end
+  return account
+end
+
 -- Whether an account's field would leave 64 bits with so much more in it.
 local function overflows(keys, field, amount)
   local sum = redis.pcall('HINCRBY', keys[ACCOUNT], field, amount)
@@ -181,12 +190,9 @@ end
 -- Money that a person moves. Arguments: tenant, reference, amount, note, and for a refund its request.
 local function grant(keys, args)
   local ask = named(args, {'tenant', 'reference', 'amount', 'note'})
-  local fault, absent, account = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local account, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   if not is_amount(ask.amount) or ask.amount == '0' then
     return {'bad_amount'}
@@ -212,12 +218,9 @@ end
 -- A correction, up or down.
 local function adjust(keys, args)
   local ask = named(args, {'tenant', 'reference', 'amount', 'note'})
-  local fault, absent, account = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local account, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   if not is_signed_amount(ask.amount) or ask.amount == '0' then
     return {'bad_amount'}
@@ -248,12 +251,9 @@ end
 -- Gives back what a request was charged, or a part of it.
 local function refund(keys, args)
   local ask = named(args, {'tenant', 'reference', 'amount', 'note', 'request'})
-  local fault, absent = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local _, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   if not is_amount(ask.amount) or ask.amount == '0' then
     return {'bad_amount'}
@@ -293,12 +293,9 @@ end
 -- Sets the credit line: how far below zero the balance may go. Arguments: tenant, amount, note.
 local function credit(keys, args)
   local ask = named(args, {'tenant', 'amount', 'note'})
-  local fault, absent, account = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local account, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   if not is_amount(ask.amount) then
     return {'bad_amount'}
@@ -322,12 +319,9 @@ end
 -- Changes what an account says beside its money. Arguments: field and value, in pairs; an empty value of a limit
 -- takes it away.
 local function account_set(keys, args)
-  local fault, absent = look_at(keys)
-  if fault then
-    return fault
-  end
-  if absent then
-    return {'unknown_tenant'}
+  local _, refusal = known(keys)
+  if refusal then
+    return refusal
   end
   for index = 1, #args, 2 do
     -- Whoever names another amount wants to be told of that one as well.
