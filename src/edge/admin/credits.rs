@@ -1,6 +1,6 @@
 //! Money that operators move, what became of it, and who did it.
 
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpResponse, web};
 use serde::Serialize;
 
 use super::{
@@ -10,8 +10,8 @@ use super::{
 };
 use crate::{
     domain::{NanoUsd, TenantId},
-    edge::{error::ApiError, state::EdgeState},
-    ledger::{Entry, Moved, Movement, Refund},
+    edge::error::ApiError,
+    ledger::{EntryWithMovements, Moved, Refund},
     operator::{Accounts, OperatorError, Page},
 };
 
@@ -28,13 +28,11 @@ struct Done {
 }
 
 pub async fn move_credit(
-    http: HttpRequest,
+    desk: Desk,
     payload: web::Payload,
     tenant: web::Path<String>,
-    state: web::Data<EdgeState>,
 ) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
-    let body = desk.body(&http, payload).await?;
+    let body = desk.body(payload).await?;
     let credit = bodies::credit(&body.fields())?;
     let (accounts, tenant) = (desk.accounts.clone(), TenantId::from(tenant.as_str()));
     let ledger = desk.state.ledger.clone();
@@ -70,22 +68,9 @@ async fn moved(
     }
 }
 
-/// An entry with what it moved.
-#[derive(Serialize)]
-struct Told {
-    #[serde(flatten)]
-    entry: Entry,
-    movements: Vec<Movement>,
-}
-
 /// Entries of a tenant behind (or, the newest first, before) the entry `after`.
-pub async fn ledger(
-    http: HttpRequest,
-    tenant: web::Path<String>,
-    state: web::Data<EdgeState>,
-) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
-    let wanted = Wanted::read(&http)?;
+pub async fn ledger(desk: Desk, tenant: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    let wanted = Wanted::read(&desk.http)?;
     let (limit, after) = (wanted.limit as u64, wanted.after_number()?);
     let (ledger, tenant) = (&desk.state.ledger, TenantId::from(tenant.as_str()));
     let last = ledger.last_seq(&tenant).await.map_err(faults::of_ledger)?;
@@ -111,15 +96,13 @@ pub async fn ledger(
         Some(entry) => entry.seq < last,
         None => false,
     };
-    let told = |entry: Entry| Told { movements: entry.movements(), entry };
-    let page = Page { items: entries.into_iter().map(told).collect(), has_more };
-    Ok(answer(&List::of(page, "ledger.entry", |told| told.entry.seq.to_string())))
+    let items: Vec<EntryWithMovements> = entries.into_iter().map(Into::into).collect();
+    Ok(answer(&List::of(Page { items, has_more }, "ledger.entry", |item| item.entry.seq.to_string())))
 }
 
 /// Who changed what, the newest first.
-pub async fn audit(http: HttpRequest, state: web::Data<EdgeState>) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
-    let wanted = Wanted::read(&http)?;
+pub async fn audit(desk: Desk) -> Result<HttpResponse, ApiError> {
+    let wanted = Wanted::read(&desk.http)?;
     let log = desk.accounts.audit_log();
     let mut items = log.list(wanted.before.as_deref(), wanted.limit + 1).await.map_err(faults::of_look)?;
     let has_more = items.len() > wanted.limit;

@@ -1,18 +1,13 @@
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpResponse, web};
 
 use super::{Desk, List, Sorted, Wanted, answer, bodies, faults};
 use crate::{
     domain::{KeyId, TenantId},
-    edge::{error::ApiError, state::EdgeState},
+    edge::error::ApiError,
 };
 
-pub async fn list_keys(
-    http: HttpRequest,
-    tenant: web::Path<String>,
-    state: web::Data<EdgeState>,
-) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
-    let wanted = Wanted::read(&http)?;
+pub async fn list_keys(desk: Desk, tenant: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    let wanted = Wanted::read(&desk.http)?;
     let after = wanted.after.as_deref().map(KeyId::from);
     let tenant = TenantId::from(tenant.as_str());
     let page = desk.accounts.keys_after(&tenant, after.as_ref(), wanted.limit).await.map_err(faults::of_look)?;
@@ -21,36 +16,23 @@ pub async fn list_keys(
 
 /// The answer is the only one that ever has the key's secret.
 pub async fn create_key(
-    http: HttpRequest,
+    desk: Desk,
     payload: web::Payload,
     tenant: web::Path<String>,
-    state: web::Data<EdgeState>,
 ) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
-    let body = desk.body(&http, payload).await?;
+    let body = desk.body(payload).await?;
     let wish = bodies::key(&body.fields())?;
     let (accounts, tenant) = (desk.accounts.clone(), TenantId::from(tenant.as_str()));
     let key = desk.change(async move { accounts.create_key_like(&tenant, wish).await }).await?;
     Ok(answer(&Sorted::key(key)))
 }
 
-pub async fn get_key(
-    http: HttpRequest,
-    id: web::Path<String>,
-    state: web::Data<EdgeState>,
-) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
+pub async fn get_key(desk: Desk, id: web::Path<String>) -> Result<HttpResponse, ApiError> {
     Ok(answer(&Sorted::key(desk.accounts.key(&id.as_str().into()).await.map_err(faults::of_look)?)))
 }
 
-pub async fn change_key(
-    http: HttpRequest,
-    payload: web::Payload,
-    id: web::Path<String>,
-    state: web::Data<EdgeState>,
-) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
-    let body = desk.body(&http, payload).await?;
+pub async fn change_key(desk: Desk, payload: web::Payload, id: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    let body = desk.body(payload).await?;
     let changes = bodies::key_changes(&body.fields())?;
     let (accounts, id) = (desk.accounts.clone(), KeyId::from(id.as_str()));
     let key = desk.change(async move { accounts.change_key(&id, &changes).await }).await?;
@@ -58,14 +40,8 @@ pub async fn change_key(
 }
 
 /// The answer is the only one that ever has the new secret.
-pub async fn rotate_key(
-    http: HttpRequest,
-    payload: web::Payload,
-    id: web::Path<String>,
-    state: web::Data<EdgeState>,
-) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
-    let body = desk.body(&http, payload).await?;
+pub async fn rotate_key(desk: Desk, payload: web::Payload, id: web::Path<String>) -> Result<HttpResponse, ApiError> {
+    let body = desk.body(payload).await?;
     let grace = bodies::grace(&body.fields())?;
     let (accounts, id) = (desk.accounts.clone(), KeyId::from(id.as_str()));
     let key = desk.change(async move { accounts.rotate_key(&id, grace).await }).await?;
@@ -73,12 +49,7 @@ pub async fn rotate_key(
 }
 
 /// What is revoked stays on the list.
-pub async fn revoke_key(
-    http: HttpRequest,
-    id: web::Path<String>,
-    state: web::Data<EdgeState>,
-) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
+pub async fn revoke_key(desk: Desk, id: web::Path<String>) -> Result<HttpResponse, ApiError> {
     let (accounts, id) = (desk.accounts.clone(), KeyId::from(id.as_str()));
     let key = desk.change(async move { accounts.revoke_key(&id).await }).await?;
     Ok(answer(&Sorted::key(key)))

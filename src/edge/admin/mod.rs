@@ -14,10 +14,11 @@ pub(super) mod schemas;
 mod tenants;
 mod webhooks;
 
-use std::sync::Arc;
+use std::{pin::Pin, sync::Arc};
 
 use actix_web::{
-    HttpRequest, HttpResponse,
+    FromRequest, HttpRequest, HttpResponse,
+    dev::Payload,
     http::header::{CACHE_CONTROL, HeaderValue},
     web,
 };
@@ -39,27 +40,38 @@ const PAGE_MAX: usize = 100;
 
 /// An operator's request.
 struct Desk {
+    http: HttpRequest,
     state: Arc<EdgeState>,
     principal: Principal,
     /// Acting as the operator's key.
     accounts: Accounts,
 }
 
+/// Handlers that ask for a desk are not run for anybody else.
+impl FromRequest for Desk {
+    type Error = ApiError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self, ApiError>>>>;
+
+    fn from_request(http: &HttpRequest, _: &mut Payload) -> Self::Future {
+        Box::pin(Self::open(http.clone()))
+    }
+}
+
 impl Desk {
-    async fn open(http: &HttpRequest, state: web::Data<EdgeState>) -> Result<Self, ApiError> {
-        let state = state.into_inner();
-        let principal = authenticate(http, &state).await?;
+    async fn open(http: HttpRequest) -> Result<Self, ApiError> {
+        let state = http.app_data::<web::Data<EdgeState>>().ok_or_else(ApiError::internal)?.clone().into_inner();
+        let principal = authenticate(&http, &state).await?;
         if !principal.may(Scope::Admin) {
             return Err(ApiError::permission_denied("This API key may not act for the operator."));
         }
         let accounts = state.accounts.acting_as(format!("key {}", principal.key));
-        Ok(Self { state, principal, accounts })
+        Ok(Self { http, state, principal, accounts })
     }
 
-    async fn body(&self, http: &HttpRequest, mut payload: web::Payload) -> Result<Body, ApiError> {
+    async fn body(&self, mut payload: web::Payload) -> Result<Body, ApiError> {
         let settings = &self.state.settings;
         let bytes_max = settings.body_bytes_max.min(BODY_BYTES_MAX);
-        Body::read(&body::read(http, &mut payload, bytes_max, settings.body_ms_max).await?)
+        Body::read(&body::read(&self.http, &mut payload, bytes_max, settings.body_ms_max).await?)
     }
 
     /// Sees a change through, also when whoever asked for it hangs up in the middle.
@@ -96,6 +108,19 @@ impl<T> Sorted<T> {
 
     fn key(thing: T) -> Self {
         Self { object: "key", thing }
+    }
+}
+
+/// A list that is not in pages, for what there are few of.
+#[derive(Serialize)]
+struct Few<T> {
+    object: &'static str,
+    data: Vec<Sorted<T>>,
+}
+
+impl<T> Few<T> {
+    fn of(things: impl IntoIterator<Item = T>, object: &'static str) -> Self {
+        Self { object: "list", data: things.into_iter().map(|thing| Sorted { object, thing }).collect() }
     }
 }
 

@@ -1,14 +1,16 @@
 use std::collections::BTreeMap;
 
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpResponse, web};
 use serde::Serialize;
 
-use super::{Desk, Sorted, answer, bodies, faults};
+use super::{Desk, Few, Sorted, answer, bodies, faults};
 use crate::{
     admission::{Limits, Tier},
     domain::{ModelId, NanoUsd, Price, PriceList},
-    edge::{dialect::openai::service_tier, error::ApiError, state::EdgeState},
+    edge::{dialect::openai::service_tier, error::ApiError},
 };
+
+const PRICE_LIST: &str = "price_list";
 
 /// Of one token.
 #[derive(Serialize)]
@@ -25,7 +27,7 @@ struct WirePriceList<'a> {
     prices: BTreeMap<&'a ModelId, WirePrice>,
 }
 
-impl<'a> From<&'a PriceList> for Sorted<WirePriceList<'a>> {
+impl<'a> From<&'a PriceList> for WirePriceList<'a> {
     fn from(list: &'a PriceList) -> Self {
         let price = |(model, price): (&'a ModelId, &Price)| {
             let Price { input, output, cached_input } = *price;
@@ -34,39 +36,23 @@ impl<'a> From<&'a PriceList> for Sorted<WirePriceList<'a>> {
             (model, price)
         };
         let prices = list.prices.iter().map(price).collect();
-        Self {
-            object: "price_list",
-            thing: WirePriceList { version: &list.version, from_unix_ms: list.from_unix_ms, prices },
-        }
+        Self { version: &list.version, from_unix_ms: list.from_unix_ms, prices }
     }
 }
 
-/// What there are few of: not in pages.
-#[derive(Serialize)]
-struct Few<T> {
-    object: &'static str,
-    data: Vec<Sorted<T>>,
-}
-
 /// All price lists in order of time, the configured one among them.
-pub async fn list_prices(http: HttpRequest, state: web::Data<EdgeState>) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
+pub async fn list_prices(desk: Desk) -> Result<HttpResponse, ApiError> {
     let book = desk.state.prices.book().await.map_err(|error| faults::of_look(error.into()))?;
-    Ok(answer(&Few { object: "list", data: book.lists().iter().map(Sorted::from).collect() }))
+    Ok(answer(&Few::of(book.lists().iter().map(WirePriceList::from), PRICE_LIST)))
 }
 
-pub async fn set_prices(
-    http: HttpRequest,
-    payload: web::Payload,
-    state: web::Data<EdgeState>,
-) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
-    let body = desk.body(&http, payload).await?;
+pub async fn set_prices(desk: Desk, payload: web::Payload) -> Result<HttpResponse, ApiError> {
+    let body = desk.body(payload).await?;
     let is_served = |model: &str| desk.state.models.contains_key(model);
     let (version, from, wishes) = bodies::prices(&body.fields(), is_served)?;
     let (accounts, prices) = (desk.accounts.clone(), desk.state.prices.clone());
     let publishing = async move { accounts.publish_prices(&prices, &version, from, &wishes).await };
-    Ok(answer(&Sorted::from(&desk.change(publishing).await?)))
+    Ok(answer(&Sorted { object: PRICE_LIST, thing: WirePriceList::from(&desk.change(publishing).await?) }))
 }
 
 #[derive(Serialize)]
@@ -77,11 +63,10 @@ struct WireTier {
 }
 
 /// The sets of limits that this edge's configuration has.
-pub async fn list_tiers(http: HttpRequest, state: web::Data<EdgeState>) -> Result<HttpResponse, ApiError> {
-    let desk = Desk::open(&http, state).await?;
+pub async fn list_tiers(desk: Desk) -> Result<HttpResponse, ApiError> {
     let tier = |(name, tier): (&str, &Tier)| {
         let (name, limits) = (name.to_owned(), tier.limits.clone());
-        Sorted { object: "tier", thing: WireTier { name, limits, service_tier_max: service_tier(tier.priority_max) } }
+        WireTier { name, limits, service_tier_max: service_tier(tier.priority_max) }
     };
-    Ok(answer(&Few { object: "list", data: desk.state.admission.tiers().iter().map(tier).collect() }))
+    Ok(answer(&Few::of(desk.state.admission.tiers().iter().map(tier), "tier")))
 }
