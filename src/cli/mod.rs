@@ -8,7 +8,6 @@ mod bar;
 mod commands;
 mod models;
 mod receipt;
-mod reports;
 mod serve;
 mod table;
 
@@ -75,8 +74,6 @@ enum Command {
     #[command(subcommand)]
     Receipt(receipt::Command),
     #[command(flatten)]
-    Reports(reports::Command),
-    #[command(flatten)]
     Operator(commands::Command),
 }
 
@@ -141,7 +138,7 @@ pub fn main() -> ExitCode {
 fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
     let (role, listen) = match &command {
         Command::Serve { role, listen } => (role.clone(), listen.clone()),
-        Command::Models(_) | Command::Receipt(_) | Command::Reports(_) | Command::Operator(_) => (None, None),
+        Command::Models(_) | Command::Receipt(_) | Command::Operator(_) => (None, None),
     };
     let env = |name: &str| std::env::var(name).ok();
     let file = common.config.clone().or_else(|| env("LIGHTCONE_CONFIG").filter(|f| !f.is_empty()).map(PathBuf::from));
@@ -160,7 +157,6 @@ fn run(Arguments { common, command }: Arguments) -> Result<(), CliError> {
         Command::Models(command) => models::run(&config, command, common.output),
         Command::Serve { .. } => on_runtime(serve::serve(config, common.output)),
         Command::Receipt(command) => on_runtime(receipt::run(config, command, common.output)),
-        Command::Reports(command) => on_runtime(reports::run(config, command, common.output)),
         Command::Operator(command) => on_runtime(commands::run(config, command, common.output)),
     }
 }

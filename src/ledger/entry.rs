@@ -139,6 +139,20 @@ pub struct Entry {
     pub link: String,
 }
 
+/// An entry with what it moved, for whoever reads the ledger.
+#[derive(Clone, Debug, Serialize)]
+pub struct EntryWithMovements {
+    #[serde(flatten)]
+    pub entry: Entry,
+    pub movements: Vec<Movement>,
+}
+
+impl From<Entry> for EntryWithMovements {
+    fn from(entry: Entry) -> Self {
+        Self { movements: entry.movements(), entry }
+    }
+}
+
 impl Entry {
     /// The link that this entry should have behind `before`.
     pub fn link_after(&self, before: &str) -> String {

@@ -28,7 +28,7 @@ use serde::Serialize;
 
 pub use archive::{ArchiveError, Archived, Volume, read as read_archive};
 pub use books::{Books, Terms};
-pub use entry::{Account, Entry, EntryKind, Movement, NO_LINK};
+pub use entry::{Account, Entry, EntryKind, EntryWithMovements, Movement, NO_LINK};
 pub use funds::{Moved, Refund, TEXT_CHARACTERS_MAX};
 pub use generation::{Generation, GenerationState};
 pub use prices::{Prices, PricesError};

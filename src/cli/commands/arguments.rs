@@ -2,15 +2,18 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use jiff::{Span, SpanRelativeTo, Timestamp};
+use jiff::{Span, SpanRelativeTo, Timestamp, civil::Date, tz::TimeZone};
 
 use super::{Desk, operator};
 use crate::{
     admission::{LIMIT_MAX, LimitKind, Limits},
     cli::CliError,
-    domain::{MoneyError, NanoUsd},
+    domain::{MoneyError, Month, NanoUsd},
     operator::LimitChanges,
 };
+
+/// Of 2026-12-31.
+const DAY_LEN: usize = 10;
 
 fn wrong(name: &str, why: impl std::fmt::Display) -> CliError {
     CliError::Usage(format!("{name}: {why}"))
@@ -33,13 +36,25 @@ pub fn duration(name: &str, text: &str) -> Result<Duration, CliError> {
     duration.ok_or_else(|| wrong(name, format!("`{text}` is no time such as 90s, 24h or 30d")))
 }
 
+/// Unix milliseconds: of Unix seconds, of the beginning of a month or a day of UTC, or of a time of RFC 3339.
 fn timestamp(text: &str) -> Option<u64> {
-    u64::try_from(text.parse::<Timestamp>().ok()?.as_millisecond()).ok()
+    if let Ok(seconds) = text.parse::<u64>() {
+        return seconds.checked_mul(1000);
+    }
+    if let Ok(month) = text.parse::<Month>() {
+        return Some(month.begins_unix_ms());
+    }
+    let time = match text.len() {
+        DAY_LEN => text.parse::<Date>().and_then(|day| TimeZone::UTC.to_timestamp(day.at(0, 0, 0, 0))),
+        _ => text.parse::<Timestamp>(),
+    };
+    u64::try_from(time.ok()?.as_millisecond()).ok()
 }
 
-/// A time of RFC 3339.
+const TIMES: &str = "a time such as 2026-12-31T23:59:59Z, a day such as 2026-12-31, a month or Unix seconds";
+
 pub fn time(name: &str, text: &str) -> Result<u64, CliError> {
-    timestamp(text).ok_or_else(|| wrong(name, format!("`{text}` is no time such as 2026-12-31T23:59:59Z")))
+    timestamp(text).ok_or_else(|| wrong(name, format!("`{text}` is not {TIMES}")))
 }
 
 /// The same, or how long it is until then by the store's clock; `never` is nothing.
@@ -50,9 +65,8 @@ pub async fn end(desk: &Desk<'_>, name: &str, text: &str) -> Result<Option<u64>,
     if let Some(time) = timestamp(text) {
         return Ok(Some(time));
     }
-    let later = duration(name, text).map_err(|_| {
-        wrong(name, format!("`{text}` is neither a time such as 2026-12-31T23:59:59Z nor one from now such as 30d"))
-    })?;
+    let later = duration(name, text)
+        .map_err(|_| wrong(name, format!("`{text}` is neither {TIMES}, nor a time from now such as 30d")))?;
     desk.accounts.time_in(later).await.map(Some).map_err(operator)
 }
 
@@ -98,4 +112,26 @@ pub fn labels(name: &str, text: &str) -> Result<BTreeMap<String, String>, CliErr
 /// What makes a change of money happen once, where nobody gave it a name.
 pub fn reference(given: Option<String>, what: &str) -> String {
     given.unwrap_or_else(|| format!("{what}-{}", uuid::Uuid::now_v7().simple()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::time;
+
+    #[test]
+    fn times_are_read_as_people_write_them() {
+        for (text, unix_ms) in [
+            ("1700000000", 1_700_000_000_000),
+            ("2024-02", 1_706_745_600_000),
+            ("2024-02-29", 1_709_164_800_000),
+            ("2024-02-29T12:00:00.5Z", 1_709_208_000_500),
+            ("2024-02-29T12:00:00+01:00", 1_709_204_400_000),
+        ] {
+            assert_eq!(time("--from", text).unwrap(), unix_ms, "{text}");
+        }
+        let bad = ["", "yesterday", "2023-02-29", "2024-02-00", "2024-2-1", "-1", "2024-02-1", "2024-02-29T12:00:00"];
+        for bad in bad.into_iter().chain(["99999999999999999999", "18446744073709551615", "1969-12-31"]) {
+            assert!(time("--from", bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -1,13 +1,12 @@
 use std::path::PathBuf;
 
 use clap::Subcommand;
-use serde::Serialize;
 
 use super::{Desk, money};
 use crate::{
     cli::{CliError, json, print},
     domain::{Month, TenantId},
-    ledger::{ArchiveError, Entry, Movement},
+    ledger::{ArchiveError, Entry, EntryWithMovements},
     node::NodeError,
 };
 
@@ -60,14 +59,6 @@ const COLUMNS: &[&str] = &[
     "note",
 ];
 
-/// An entry with what it moved.
-#[derive(Serialize)]
-struct Told {
-    #[serde(flatten)]
-    entry: Entry,
-    movements: Vec<Movement>,
-}
-
 pub async fn run(desk: &Desk<'_>, command: Ledger) -> Result<(), CliError> {
     match command {
         Ledger::Verify { archive } => verify(desk, archive).await,
@@ -83,8 +74,7 @@ pub async fn run(desk: &Desk<'_>, command: Ledger) -> Result<(), CliError> {
                     desk.ledger.entries(&tenant, after, limit).await.map_err(money)?
                 }
             };
-            let told = |entry: Entry| Told { movements: entry.movements(), entry };
-            let entries: Vec<Told> = entries.into_iter().map(told).collect();
+            let entries: Vec<EntryWithMovements> = entries.into_iter().map(Into::into).collect();
             desk.print_list(&json(&entries)?, COLUMNS)
         }
     }

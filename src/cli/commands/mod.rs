@@ -1,4 +1,5 @@
-//! What operators do: tenants, keys, credits, limits, prices, webhooks, the ledger, the record of changes. A file for each noun.
+//! What operators do: tenants, keys, credits, limits, prices, webhooks, usage, statements, the ledger, the record of
+//! changes. A file for each noun.
 
 mod access;
 mod arguments;
@@ -8,7 +9,9 @@ mod keys;
 mod ledger;
 mod limits;
 mod prices;
+mod statement;
 mod tenants;
+mod usage;
 mod webhooks;
 
 use std::time::Duration;
@@ -54,6 +57,10 @@ pub enum Command {
     /// Where tenants are told what happens to their accounts
     #[command(subcommand)]
     Webhooks(webhooks::Webhooks),
+    /// What was charged for, in buckets of time
+    Usage(usage::Usage),
+    /// A tenant's month
+    Statement(statement::Statement),
     /// The record of every change of money
     #[command(subcommand)]
     Ledger(ledger::Ledger),
@@ -73,6 +80,8 @@ pub async fn run(config: Config, command: Command, output: Output) -> Result<(),
         Command::Limits(command) => limits::run(&desk, command).await,
         Command::Prices(command) => prices::run(&desk, command).await,
         Command::Webhooks(command) => webhooks::run(&desk, command).await,
+        Command::Usage(asked) => usage::run(&desk, asked).await,
+        Command::Statement(asked) => statement::run(&desk, asked).await,
         Command::Ledger(command) => ledger::run(&desk, command).await,
         Command::Audit(command) => audit::run(&desk, command).await,
     };
@@ -92,7 +101,8 @@ struct Desk<'a> {
 
 impl<'a> Desk<'a> {
     fn new(access: &'a Access, config: &'a Config, output: Output) -> Self {
-        let ledger = Ledger::new(access.store.clone(), Duration::from_millis(config.ledger.hold_lease_ms));
+        let lease = Duration::from_millis(config.ledger.hold_lease_ms);
+        let ledger = Ledger::new(access.store.clone(), lease).with_archive(config.archive_dir());
         let accounts = Accounts::new(access.store.clone(), ledger.clone()).acting_as(actor());
         Self { access, config, ledger, accounts, output }
     }
