@@ -28,7 +28,7 @@ pub struct Tenant {
     pub tier: String,
     /// Its own, which go before those of its tier.
     pub limits: Limits,
-    /// It is told when less than this may be spent.
+    /// It is told when less than this is left, what is on hold included.
     #[serde(rename = "low_balance_nano_usd")]
     pub low_balance: Option<NanoUsd>,
     #[serde(flatten)]
