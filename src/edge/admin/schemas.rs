@@ -73,9 +73,10 @@ fn field(name: &str, limits: &Limits) -> Value {
         "name" | "label" => text(NAME_CHARACTERS_MAX),
         "balance_nano_usd" => described(amount(0, i64::MAX), "Prepaid, in nano-dollars."),
         "credit_nano_usd" => described(amount(0, i64::MAX), "How far below zero the balance may go."),
-        "low_balance_nano_usd" => {
-            described(amount(0, i64::MAX), "The tenant is told when less is left, what is on hold included; null for never.")
-        }
+        "low_balance_nano_usd" => described(
+            amount(0, i64::MAX),
+            "The tenant is told when less is left, what is on hold included; null for never.",
+        ),
         "tier" => json!({ "type": "string", "enum": limits.tiers, "description": "One of the configuration's." }),
         "limits" => described(
             limits_of(or_null(amount(0, LIMIT_MAX.cast_signed()))),
