@@ -36,6 +36,8 @@ pub const POINTS: &[&str] = &[
     "queue.claim.answered",
     "queue.acknowledge.asked",
     "queue.acknowledge.answered",
+    "operator.tenant.opened",
+    "operator.tenant.listed",
     "ledger.extend.asked",
     "ledger.extend.answered",
     "ledger.settle.asked",

@@ -91,8 +91,12 @@ impl Cashier {
         let job = &claim.job;
         let mut tries = Tries::new();
         while flights.is_cancelled(&job.request) == Some(false) {
-            match self.ledger.extend(&job.tenant, &job.request, wanted).await {
-                Ok(extended) => return Some(extended),
+            let known = flights.hold(&job.request)?;
+            match self.ledger.extend(&job.tenant, &job.request, wanted, known).await {
+                Ok(extended) => {
+                    flights.hold_more(&job.request, extended.tokens);
+                    return Some(extended);
+                }
                 Err(LedgerError::Store(error)) if error.is_transient() => {
                     if !tries.again(&error).await {
                         break;

@@ -165,7 +165,10 @@ pub async fn sweep(
         }
         if round % ROUNDS_PER_AUDIT == 0 {
             match ledger.imbalance().await {
-                Ok(imbalance) => metrics.ledger_imbalance_nano_usd.set(imbalance.nano()),
+                Ok((imbalance, unreadable)) => {
+                    metrics.ledger_imbalance_nano_usd.set(imbalance.nano());
+                    metrics.ledger_unreadable_accounts.set(i64::try_from(unreadable).unwrap_or(i64::MAX));
+                }
                 Err(error) => tracing::error!(%error, "cannot check the accounts"),
             }
         }

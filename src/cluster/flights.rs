@@ -16,8 +16,8 @@ use tokio::sync::Notify;
 
 use crate::{
     domain::{
-        Claim, EventBody, FailureCode, FinishReason, FundsEnd, NodeId, RequestId, StoppedBy, TenantId, TokenEvent,
-        Usage,
+        Claim, EventBody, FailureCode, FinishReason, FundsEnd, NanoUsd, NodeId, RequestId, StoppedBy, TenantId,
+        TokenEvent, Usage,
     },
     engine::{EngineEvent, EngineEventBody},
     queue::Outgoing,
@@ -32,6 +32,8 @@ pub struct Flights {
 
 struct Flight {
     claim: Arc<Claim>,
+    /// What is set aside for it, as far as is known here.
+    hold: NanoUsd,
     /// Which incarnation of the worker has it.
     generation: u64,
     seq_next: u32,
@@ -103,6 +105,37 @@ pub struct Advanced {
 }
 
 impl Flights {
+    /// What is set aside for a request, as far as is known here.
+    pub fn hold(&self, request: &RequestId) -> Option<NanoUsd> {
+        self.table.lock().get(request).map(|flight| flight.hold)
+    }
+
+    /// So many output tokens more are.
+    pub fn hold_more(&self, request: &RequestId, tokens: u32) {
+        if let Some(flight) = self.table.lock().get_mut(request) {
+            let more = flight.claim.job.price.output.checked_mul(tokens.into());
+            // It was set aside, so that it is an amount.
+            flight.hold = more.and_then(|more| flight.hold.checked_add(more)).unwrap_or(flight.hold);
+        }
+    }
+
+    /// Those that are not in the air already. A store that lost a claim and kept its request gives it out again: the
+    /// flight goes on, under the claim that holds now.
+    pub fn new_ones(&self, claims: Vec<Claim>) -> Vec<Claim> {
+        let mut table = self.table.lock();
+        let is_new = |claim: &Claim| match table.get_mut(&claim.job.request) {
+            Some(flight) if flight.claim.attempt >= claim.attempt => {
+                tracing::warn!(request = %claim.job.request, "the store had lost a claim of a request that runs here");
+                (flight.claim, flight.renewed) = (Arc::new(claim.clone()), Instant::now());
+                false
+            }
+            _ => true,
+        };
+        let mut claims = claims;
+        claims.retain(is_new);
+        claims
+    }
+
     /// Takes claims in and answers with their first events.
     pub fn take_in(&self, claims: &[Arc<Claim>], generation: u64) -> Vec<Outgoing> {
         let mut table = self.table.lock();
@@ -266,6 +299,7 @@ impl Flights {
 impl Flight {
     fn new(claim: Arc<Claim>, generation: u64) -> Self {
         Self {
+            hold: claim.job.hold,
             claim,
             generation,
             seq_next: 1,

@@ -57,8 +57,10 @@ pub async fn settle_left_over(
             tracing::error!(%fault, node = %orphan.node(), "a journal is damaged; what could be read is settled");
             metrics.journal_faults.inc();
         }
-        settle_all(&mut orphan, queue, ledger, metrics, &mut recovered).await?;
-        orphan.remove()?;
+        // What could not be ended stays in the file, and is tried again.
+        if settle_all(&mut orphan, queue, ledger, metrics, &mut recovered).await? {
+            orphan.remove()?;
+        }
     }
     if recovered != Recovered::default() {
         let Recovered { charged, free } = recovered;
@@ -86,7 +88,8 @@ async fn settle_all(
     ledger: &Ledger,
     metrics: &Metrics,
     recovered: &mut Recovered,
-) -> Result<(), RecoveryError> {
+) -> Result<bool, RecoveryError> {
+    let mut is_done = true;
     for unsettled in orphan.unfinished() {
         let begun = &unsettled.begun;
         let request = begun.request.clone();
@@ -104,6 +107,11 @@ async fn settle_all(
                         metrics.late_settlements.inc_by(u64::from(settled.late));
                     }
                     Err(LedgerError::Store(error)) if error.is_transient() => return Err(error.into()),
+                    Err(LedgerError::Store(StoreError::Damaged(fault))) => {
+                        tracing::error!(%request, fault, "an account is damaged; a journal's request waits");
+                        is_done = false;
+                        continue;
+                    }
                     // Free, or a person's to look at: once more would be no better.
                     Err(error) => {
                         tracing::error!(%request, %error, usage = ?settlement.usage, "cannot settle out of a journal");
@@ -113,7 +121,15 @@ async fn settle_all(
                 tokens
             }
             None => {
-                ledger.release(&begun.tenant, &request, ReleaseReason::WorkerLost).await?;
+                match ledger.release(&begun.tenant, &request, ReleaseReason::WorkerLost).await {
+                    Ok(_) => {}
+                    Err(LedgerError::Store(StoreError::Damaged(fault))) => {
+                        tracing::error!(%request, fault, "an account is damaged; a journal's request waits");
+                        is_done = false;
+                        continue;
+                    }
+                    Err(error) => return Err(error.into()),
+                }
                 recovered.free += 1;
                 0
             }
@@ -122,7 +138,7 @@ async fn settle_all(
         queue.acknowledge(&begun.model, &begun.owner, &request, begun.attempt, completion_tokens).await?;
         orphan.closed(&request)?;
     }
-    Ok(())
+    Ok(is_done)
 }
 
 /// Nothing for a request that put nothing out.

@@ -103,6 +103,7 @@ impl Station {
     pub fn take_in(&self, claims: Vec<Claim>) -> Result<(), Vec<Claim>> {
         let bench = self.bench.lock();
         let Some(ready) = bench.as_ref() else { return Err(claims) };
+        let claims = self.flights.new_ones(claims);
         for claim in &claims {
             if let Err(error) = self.journal.begin(&begun(claim)) {
                 tracing::error!(%error, "the journal does not take requests");

@@ -59,6 +59,23 @@ impl Day {
     pub fn begins_unix_ms(self) -> u64 {
         self.0 * DAY_MS
     }
+
+    /// As the store's counters are named: 20261231.
+    pub fn from_digits(text: &str) -> Option<Self> {
+        if text.len() != 8 || !text.bytes().all(|byte| byte.is_ascii_digit()) {
+            return None;
+        }
+        let (year, month, day) = (text[..4].parse().ok()?, text[4..6].parse::<u8>().ok()?, text[6..].parse().ok()?);
+        let date = time::Date::from_calendar_date(year, time::Month::try_from(month).ok()?, day).ok()?;
+        let seconds = u64::try_from(date.midnight().assume_utc().unix_timestamp()).ok()?;
+        Some(Self(seconds * 1000 / DAY_MS))
+    }
+
+    /// The same backwards.
+    pub fn digits(self) -> String {
+        let date = at(self.begins_unix_ms()).date();
+        format!("{:04}{:02}{:02}", date.year(), u8::from(date.month()), date.day())
+    }
 }
 
 impl FromStr for Month {

@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 
 use super::{
     books::{Books, Expired, OpenHold, Terms},
-    counters::{Counted, Counters},
+    counters::{Counted, Counters, admitted_unix_ms},
     entry::{Entry, EntryKind},
 };
-use crate::domain::{NanoUsd, TenantId};
+use crate::domain::{Day, NanoUsd, TenantId};
 
 /// What the store says about a tenant at one instant.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -30,8 +30,8 @@ pub(super) struct Stored {
     pub holds: HashMap<String, i64>,
     /// Requests whose hold has a lease.
     pub leases: HashSet<String>,
-    /// The key of each open hold.
-    pub keys: HashMap<String, String>,
+    /// What each open hold was made for, as the store has it.
+    pub terms: HashMap<String, String>,
     /// Open requests of each key.
     pub open: HashMap<String, i64>,
     /// Grants, settlements and so on that must not happen again.
@@ -138,18 +138,30 @@ impl Audit {
         ends.map(|(name, end)| (name.as_str(), end.remembered.as_str()))
     }
 
+    /// The same of what may still be given back.
+    pub fn left_to_refund(&self) -> impl Iterator<Item = (String, String)> {
+        let is_remembered = |request: &String| self.ends.get(request).is_none_or(|end| self.is_remembered(end));
+        let left = self.refundable.iter().filter(move |(request, _)| is_remembered(request));
+        left.map(|(request, left)| (format!("refundable {request}"), left.to_string()))
+    }
+
     /// References are for ever.
     fn is_remembered(&self, end: &End) -> bool {
         end.charged.is_none() || end.seq > self.archived
     }
 
     pub fn check_remembered(&mut self, name: &str, expected: &str, remembered: Option<&str>) {
+        // Given back again behind the last entry.
+        let is_less = |text: &str| {
+            let [left, expected] = [text, expected].map(|amount| amount.parse::<i128>().ok());
+            name.starts_with("refundable ") && left.zip(expected).is_some_and(|(left, expected)| left < expected)
+        };
         let later = |text: &str| {
             let seq = text.strip_prefix("post ").and_then(|rest| rest.split(' ').nth(1)?.parse::<u64>().ok());
             seq.is_some_and(|seq| seq > self.books.seq)
                 && (expected.starts_with("release expired ") || expected.starts_with("release worker_lost "))
         };
-        if remembered != Some(expected) && !remembered.is_some_and(later) {
+        if remembered != Some(expected) && !remembered.is_some_and(|text| later(text) || is_less(text)) {
             let remembered = remembered.unwrap_or("nothing");
             self.fault(format!("of `{name}` is remembered `{remembered}`, not `{expected}`"));
         }
@@ -262,7 +274,7 @@ impl Audit {
             }
             None => {
                 let again = self.ends.contains_key(&entry.request);
-                let hold = OpenHold { amount: entry.amount.nano(), unix_ms: entry.unix_ms, terms };
+                let hold = OpenHold { amount: entry.amount.nano(), unix_ms: admitted_unix_ms(entry), terms };
                 self.books.open.insert(entry.request.clone(), hold);
                 self.counters.admit(entry);
                 (extends || again).then_some("extends or repeats a hold that is not open")
@@ -321,6 +333,10 @@ impl Audit {
         if self.books.seq != stored.seq {
             self.fault(format!("{} entries were written and {} are there", stored.seq, self.books.seq));
         }
+        if self.books.unix_ms != stored.at && self.books.seq > 0 {
+            let last = self.books.unix_ms;
+            self.fault(format!("the account's last entry is of {} where the entries have {last}", stored.at));
+        }
         if self.books.link != stored.link {
             self.fault(format!("the account's link is {} where the entries make it {}", stored.link, self.books.link));
         }
@@ -343,8 +359,7 @@ impl Audit {
             self.fault(fault);
         }
         self.check_open(stored);
-        let is_remembered = |request: &String| self.ends.get(request).is_none_or(|end| self.is_remembered(end));
-        let refundable = self.refundable.keys().filter(|request| is_remembered(request)).count() as u64;
+        let refundable = self.left_to_refund().count() as u64;
         let ended = self.remembered().count() as u64 + refundable + self.references_before;
         if stored.ended != ended {
             self.fault(format!("{} ends are remembered where the entries have {ended}", stored.ended));
@@ -369,12 +384,16 @@ impl Audit {
             if !stored.leases.contains(request) {
                 self.fault(format!("the hold of {request} has no lease and would never expire"));
             }
-            if stored.keys.get(request).map(String::as_str) != Some(hold.terms.key.as_str()) {
-                self.fault(format!("the terms of the hold of {request} name another key than its entry"));
+            let day = Day::of(hold.unix_ms).digits();
+            if !stored.terms.get(request).is_some_and(|terms| hold.terms.are(terms, &day)) {
+                self.fault(format!("the terms of the hold of {request} are not those of its entry"));
             }
         }
         for request in stored.holds.keys().filter(|request| !open.contains_key(*request)) {
             self.fault(format!("{request} is among the open holds without an entry that opened it"));
+        }
+        for request in stored.leases.iter().filter(|request| !stored.holds.contains_key(*request)) {
+            self.fault(format!("{request} has a lease and no hold"));
         }
         if stored.open != by_key {
             self.fault(format!("open requests are counted as {:?} where there are {by_key:?}", stored.open));

@@ -65,6 +65,15 @@ impl Terms {
         let Entry { key, model, price, price_version, .. } = entry.clone();
         Self { key, model, price, price_version }
     }
+
+    /// Whether the store's `text` has these, of a request that counts for `day`.
+    pub(super) fn are(&self, text: &str, day: &str) -> bool {
+        let Price { input, output, cached_input } = self.price;
+        let [input, output, cached_input] = [input, output, cached_input].map(|price| price.nano().to_string());
+        let own = [self.key.as_str(), self.model.as_str(), &input, &output, &cached_input, &self.price_version, day];
+        let mut parts = text.split('\x1f');
+        own.iter().all(|own| parts.next() == Some(own))
+    }
 }
 
 impl Books {

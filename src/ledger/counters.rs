@@ -26,7 +26,7 @@ pub(super) struct Counters {
 /// Counters of the store at the instant of a snapshot.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Counted {
-    /// The store's clock, or the last entry where that is later.
+    /// The store's clock.
     pub unix_ms: u64,
     /// Of the hour of the last entry.
     pub hour: Hash,
@@ -38,7 +38,7 @@ pub(super) struct Counted {
 impl Counters {
     /// A request was admitted.
     pub fn admit(&mut self, entry: &Entry) {
-        self.add(Day::of(entry.unix_ms), entry.key.as_str(), "requests", 1);
+        self.add(Day::of(admitted_unix_ms(entry)), entry.key.as_str(), "requests", 1);
     }
 
     /// A request was charged, which counts for the day of its hold.
@@ -99,6 +99,11 @@ impl Counters {
         }
         faults
     }
+}
+
+/// A time on the day that a request counts for: not that of its entry where the clock had gone back.
+pub(super) fn admitted_unix_ms(hold: &Entry) -> u64 {
+    hold.note.strip_prefix("day ").and_then(Day::from_digits).map_or(hold.unix_ms, Day::begins_unix_ms)
 }
 
 /// Every difference; what is not there is 0.

@@ -9,7 +9,6 @@
 mod archive;
 mod audit;
 mod books;
-mod clock;
 mod counters;
 mod entry;
 pub(crate) mod funds;
@@ -21,7 +20,15 @@ mod statement;
 mod usage;
 mod verify;
 
-use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::Serialize;
@@ -41,14 +48,17 @@ pub use verify::Report;
 use crate::{
     domain::{FinishReason, FundsEnd, KeyId, ModelId, MoneyError, NanoUsd, Price, RequestId, TenantId, Usage},
     fault,
-    store::{Function, Reply, Store, StoreError, keys},
+    store::{ClockWatch, Function, Reply, Store, StoreError, keys},
 };
-use clock::ClockWatch;
 
 /// Calls to the store that one operation over many tenants has under way at a time.
 pub(crate) const CALLS_AT_ONCE: usize = 32;
 /// Holds of one tenant that one call sweeps or renews.
 const HOLDS_PER_CALL: usize = 256;
+/// Of so many sweeps one looks for leases that are too long.
+const SWEEPS_PER_LOOK_AHEAD: u64 = 8;
+/// Hardly a lease is longer. Those that end later are looked at by their own length.
+const LEASE_MS_USUAL: u64 = 60_000;
 /// Tenants asked about expired holds in one round trip.
 const TENANTS_PER_ROUND: usize = 512;
 
@@ -255,13 +265,15 @@ pub struct Ledger {
     pub(crate) store: Store,
     hold_lease: Duration,
     clock: Arc<ClockWatch>,
+    /// Made so far.
+    sweeps: Arc<AtomicU64>,
     archive: Option<Arc<archive::Shelf>>,
 }
 
 impl Ledger {
     /// `hold_lease`: a hold that nobody has renewed for this long is released.
     pub fn new(store: Store, hold_lease: Duration) -> Self {
-        Self { store, hold_lease, clock: Arc::default(), archive: None }
+        Self { store, hold_lease, clock: Arc::default(), sweeps: Arc::default(), archive: None }
     }
 
     /// Answers what is not in the store any more from the archive in a folder.
@@ -279,9 +291,17 @@ impl Ledger {
     }
 
     /// Sets more output tokens aside for an open request, at its own price: as many of `wanted` as there is money
-    /// for. Not safe to repeat after a lost answer, but harmless: what is on hold and not used goes back at the end.
-    pub async fn extend(&self, tenant: &TenantId, request: &RequestId, wanted: u32) -> Result<Extended, LedgerError> {
-        let arguments = [tenant.as_str(), request.as_str(), &wanted.to_string()];
+    /// for. `known` is on hold as far as the caller knows; what an earlier call, whose answer was lost, has set aside
+    /// beyond it is told instead.
+    pub async fn extend(
+        &self,
+        tenant: &TenantId,
+        request: &RequestId,
+        wanted: u32,
+        known: NanoUsd,
+    ) -> Result<Extended, LedgerError> {
+        let (wanted, known) = (wanted.to_string(), known.nano().to_string());
+        let arguments = [tenant.as_str(), request.as_str(), &wanted, &known];
         fault::point("ledger.extend.asked");
         let mut reply = self.call(Function::Extend, tenant, &arguments).await?;
         fault::point("ledger.extend.answered");
@@ -295,6 +315,16 @@ impl Ledger {
             "overflow" => Err(MoneyError::Overflow.into()),
             "unknown_tenant" => Err(LedgerError::UnknownTenant(tenant.clone())),
             _ => Err(reply.unexpected("extend").into()),
+        }
+    }
+
+    /// Makes a request free, whether it has ended or not: it was asked again before it had answered.
+    pub async fn forgive(&self, tenant: &TenantId, request: &RequestId) -> Result<(), LedgerError> {
+        let reply = self.call(Function::Forgive, tenant, &[tenant.as_str(), request.as_str()]).await?;
+        match reply.word() {
+            "released" | "refunded" | "repeated" | "free" => Ok(()),
+            "unknown_tenant" => Err(LedgerError::UnknownTenant(tenant.clone())),
+            _ => Err(reply.unexpected("forgive").into()),
         }
     }
 
@@ -419,25 +449,26 @@ impl Ledger {
         if self.store.connected_for() < self.hold_lease || !self.clock.is_steady(now, self.hold_lease) {
             return Ok(0);
         }
+        // A clock that was far ahead has made leases that end then. They are rare, and are looked for now and then.
+        let looks_ahead = self.sweeps.fetch_add(1, Ordering::Relaxed).is_multiple_of(SWEEPS_PER_LOOK_AHEAD);
+        let bound = now.saturating_add(LEASE_MS_USUAL).to_string();
+        let arguments: &[&str] = if looks_ahead { &["0", &bound] } else { &["0"] };
         let mut swept = 0;
         for round in self.tenants().await?.chunks(TENANTS_PER_ROUND) {
             let mut question = redis::pipe();
             for tenant in round {
-                question.cmd("ZCOUNT").arg(keys::hold_leases(tenant)).arg("-inf").arg(now);
+                let leases = keys::hold_leases(tenant);
+                question.cmd("ZCOUNT").arg(&leases).arg("-inf").arg(now);
+                if looks_ahead {
+                    question.cmd("ZCOUNT").arg(&leases).arg(&bound).arg("+inf");
+                }
             }
             let counts = self.store.query_all(&question).await?;
-            for (tenant, count) in round.iter().zip(counts) {
-                if count == redis::Value::Int(0) {
+            for (tenant, counts) in round.iter().zip(counts.chunks(1 + usize::from(looks_ahead))) {
+                if counts.iter().all(|count| *count == redis::Value::Int(0)) {
                     continue;
                 }
-                match self.sweep_tenant(tenant, "0").await {
-                    Ok(released) => swept += released,
-                    // One damaged account must not keep the holds of all others.
-                    Err(LedgerError::Store(StoreError::Damaged(fault))) => {
-                        tracing::error!(%tenant, fault, "cannot release expired holds");
-                    }
-                    Err(error) => return Err(error),
-                }
+                swept += spared(tenant, self.sweep_tenant(tenant, arguments).await)?.unwrap_or(0);
             }
         }
         Ok(swept)
@@ -448,7 +479,7 @@ impl Ledger {
     pub async fn release_left_over_holds(&self) -> Result<usize, LedgerError> {
         let mut released = 0;
         for tenant in &self.tenants().await? {
-            released += self.sweep_tenant(tenant, "1").await?;
+            released += spared(tenant, self.sweep_tenant(tenant, &["1"]).await)?.unwrap_or(0);
         }
         Ok(released)
     }
@@ -469,16 +500,21 @@ impl Ledger {
     }
 
     /// How far the accounts are from `grants + adjustments = balance + holds + charges - refunds`, over all tenants
-    /// and without regard to sign. Looks at the accounts only; [`Ledger::verify`] re-adds the entries.
-    pub async fn imbalance(&self) -> Result<NanoUsd, LedgerError> {
-        let mut sum = NanoUsd::ZERO;
+    /// and without regard to sign; and how many accounts cannot be read. Looks at the accounts only; [`Ledger::verify`]
+    /// re-adds the entries.
+    pub async fn imbalance(&self) -> Result<(NanoUsd, usize), LedgerError> {
+        let (mut sum, mut unreadable) = (NanoUsd::ZERO, 0);
         for tenant in &self.tenants().await? {
-            let Balance { balance, held, charged, granted, refunded, adjusted, .. } = self.balance(tenant).await?;
+            let Some(account) = spared(tenant, self.balance(tenant).await)? else {
+                unreadable += 1;
+                continue;
+            };
+            let Balance { balance, held, charged, granted, refunded, adjusted, .. } = account;
             let explained = balance.checked_add(held)?.checked_add(charged)?.checked_sub(refunded)?;
             let off = granted.checked_add(adjusted)?.checked_sub(explained)?;
             sum = if off < NanoUsd::ZERO { sum.checked_sub(off)? } else { sum.checked_add(off)? };
         }
-        Ok(sum)
+        Ok((sum, unreadable))
     }
 
     /// Entries of a tenant after entry number `after` (0 for the first), at most `limit` of them.
@@ -511,11 +547,12 @@ impl Ledger {
         self.store.query(&command).await
     }
 
-    async fn sweep_tenant(&self, tenant: &TenantId, all: &str) -> Result<usize, LedgerError> {
+    async fn sweep_tenant(&self, tenant: &TenantId, how: &[&str]) -> Result<usize, LedgerError> {
         let limit = HOLDS_PER_CALL.to_string();
+        let arguments: Vec<&str> = [tenant.as_str(), &limit].into_iter().chain(how.iter().copied()).collect();
         let mut swept = 0;
         loop {
-            let mut reply = self.call(Function::Sweep, tenant, &[tenant.as_str(), &limit, all]).await?;
+            let mut reply = self.call(Function::Sweep, tenant, &arguments).await?;
             if reply.word() != "swept" {
                 return Err(reply.unexpected("sweep").into());
             }
@@ -529,5 +566,17 @@ impl Ledger {
     async fn call(&self, function: Function, tenant: &TenantId, arguments: &[&str]) -> Result<Reply, StoreError> {
         let arguments: Vec<&[u8]> = arguments.iter().map(|argument| argument.as_bytes()).collect();
         self.store.call(function, &keys::ledger(tenant), &arguments).await
+    }
+}
+
+/// One damaged account must not keep all others from anything: nothing, where it is this one's.
+fn spared<T>(tenant: &TenantId, done: Result<T, LedgerError>) -> Result<Option<T>, LedgerError> {
+    match done {
+        Ok(done) => Ok(Some(done)),
+        Err(LedgerError::Store(StoreError::Damaged(fault))) => {
+            tracing::error!(%tenant, fault, "an account is damaged");
+            Ok(None)
+        }
+        Err(error) => Err(error),
     }
 }

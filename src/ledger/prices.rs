@@ -15,6 +15,8 @@ use crate::{
 
 /// How old what is known of the book may be.
 const AGE_MAX: Duration = Duration::from_millis(500);
+/// Within so long everybody knows what was published.
+const HEARD_MS: u64 = 1000;
 /// Longest name of a version.
 const VERSION_BYTES_MAX: usize = 64;
 
@@ -100,7 +102,8 @@ impl Prices {
         self.check(version, from_unix_ms).await?;
         let from_unix_ms = match from_unix_ms {
             Some(from) => from,
-            None => self.store.now_unix_ms().await?,
+            // When every edge has heard of it.
+            None => self.store.now_unix_ms().await? + HEARD_MS,
         };
         let list = PriceList { version: version.to_owned(), from_unix_ms, prices };
         let json = serde_json::to_string(&list).expect("prices serialise");

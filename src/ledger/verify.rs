@@ -206,8 +206,11 @@ impl Ledger {
     /// Whether the store remembers the ends that the entries record, which is what keeps a settlement from
     /// being repeated.
     async fn check_ends(&self, tenant: &TenantId, audit: &mut Audit) -> Result<(), StoreError> {
-        let expected: Vec<(String, String)> =
-            audit.remembered().map(|(name, what)| (name.to_owned(), what.to_owned())).collect();
+        let expected: Vec<(String, String)> = audit
+            .remembered()
+            .map(|(name, what)| (name.to_owned(), what.to_owned()))
+            .chain(audit.left_to_refund())
+            .collect();
         for ends in expected.chunks(PAGE) {
             let mut command = redis::cmd("HMGET");
             command.arg(keys::ended(tenant));
@@ -239,7 +242,6 @@ impl Ledger {
             .into_iter()
             .map(|(request, amount)| Ok((request, entry::whole(&amount, "open hold").map_err(StoreError::Damaged)?)))
             .collect::<Result<_, StoreError>>()?;
-        let key_of = |terms: String| terms.split('\x1f').next().unwrap_or_default().to_owned();
         Ok(Some(Stored {
             balance: field("balance")?,
             available: field("available")?,
@@ -255,7 +257,7 @@ impl Ledger {
             link: text("link")?,
             holds,
             leases,
-            keys: terms.into_iter().map(|(request, terms)| (request, key_of(terms))).collect(),
+            terms,
             open,
             ended,
             checkpoint,

@@ -6,12 +6,12 @@
 //! alone decides what has expired. A full line refuses ([`PublishError::Full`]); it never waits, and one
 //! tenant cannot fill the last ninth of it. Never looks into a job.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use crate::{
     domain::{Claim, Job, ModelId, NodeId, RequestId, TenantId},
     fault,
-    store::{Function, Reply, Store, StoreError, Subscription, keys},
+    store::{ClockWatch, Function, Reply, Store, StoreError, Subscription, keys},
 };
 
 /// First byte of a stored job. A node that reads another one was not made for this queue's jobs.
@@ -44,11 +44,12 @@ pub enum PublishError {
 pub struct Queue {
     store: Store,
     limits: QueueLimits,
+    clock: Arc<ClockWatch>,
 }
 
 impl Queue {
     pub fn new(store: Store, limits: QueueLimits) -> Self {
-        Self { store, limits }
+        Self { store, limits, clock: Arc::default() }
     }
 
     /// Puts a job at the end of its tenant's line. To publish the same request twice is to publish it once.
@@ -197,10 +198,14 @@ impl Queue {
 
     /// Takes out, for good, requests past their deadline and claims whose lease ran out; each is answered to
     /// exactly one caller. `attempt` 0 and an empty owner mark a request that no worker ever claimed. Claims
-    /// are spared for one lease after an outage of the store, so that their owners can renew them first.
+    /// are spared for one lease after an outage of the store, so that their owners can renew them first, and everything
+    /// is after a jump of its clock.
     pub async fn expired(&self, model: &ModelId) -> Result<Vec<Claim>, StoreError> {
         // Whether the store was away is only known once it has answered.
-        self.store.ping().await?;
+        let now = self.store.now_unix_ms().await?;
+        if !self.clock.is_steady(now, self.limits.claim_lease) {
+            return Ok(Vec::new());
+        }
         let claims_too = if self.store.connected_for() >= self.limits.claim_lease { "1" } else { "0" };
         self.expire(model, claims_too, "0").await
     }

@@ -76,10 +76,10 @@ pub enum Order {
 }
 
 /// Who else has asked under the same key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Once {
-    /// Nobody: the caller runs it.
-    First,
+    /// Nobody who could still answer: the caller runs it. Whoever asked before may have run a request in vain.
+    First(Option<RequestId>),
     /// The same question.
     Again,
     /// Another question.
@@ -130,8 +130,13 @@ impl Key {
         format!("{} {}", self.tenant, self.key_sha256)
     }
 
-    fn places(&self) -> [String; 2] {
-        [keys::idempotency(&self.tenant, &self.key_sha256), keys::idempotent_answer(&self.tenant, &self.key_sha256)]
+    pub fn tenant(&self) -> &TenantId {
+        &self.tenant
+    }
+
+    fn places(&self) -> [String; 3] {
+        let (tenant, key) = (&self.tenant, &self.key_sha256);
+        [keys::idempotency(tenant, key), keys::idempotent_answer(tenant, key), keys::idempotent_request(tenant, key)]
     }
 }
 
@@ -211,15 +216,20 @@ impl Records {
 
     /// Asks to run what is under `key`.
     pub async fn begin(&self, key: &Key) -> Result<Once, StoreError> {
-        let lease = self.lease.as_millis().to_string();
-        let mut reply = self.once(Function::OnceBegin, key, &[lease.as_bytes()]).await?;
+        let (lease, retention) =
+            (self.lease.as_millis().to_string(), self.retention.once.as_millis().max(1).to_string());
+        let arguments = [lease.as_bytes(), key.asked.request.as_str().as_bytes(), retention.as_bytes()];
+        let mut reply = self.once(Function::OnceBegin, key, &arguments).await?;
         match reply.word() {
-            "first" => Ok(Once::First),
+            "first" => {
+                let before: String = reply.next("request before")?;
+                Ok(Once::First((!before.is_empty()).then(|| before.into())))
+            }
             "asked" => {
                 let before: Asked = decode(&reply.next::<Vec<u8>>("question")?)?;
                 // A question whose answer was lost on the way to us is our own.
                 if before == key.asked {
-                    return Ok(Once::First);
+                    return Ok(Once::First(None));
                 }
                 Ok(if before.body_sha256 == key.asked.body_sha256 { Once::Again } else { Once::Other })
             }

@@ -148,8 +148,16 @@ impl Store {
 
     async fn load_functions(&self) -> Result<(), StoreError> {
         let mut command = redis::cmd("FUNCTION");
-        command.arg("LOAD").arg("REPLACE").arg(&functions::library().source);
-        self.query::<String>(&command).await.map(drop)
+        command.arg("LOAD").arg(&functions::library().source);
+        match self.query::<String>(&command).await {
+            // Under its name, which is its digest, it is the same. To load it again would write it into the file again.
+            Err(StoreError::Refused(refusal))
+                if refusal.detail().is_some_and(|detail| detail.contains("already exists")) =>
+            {
+                Ok(())
+            }
+            loaded => loaded.map(drop),
+        }
     }
 
     async fn within_limit<T>(&self, command: impl Future<Output = RedisResult<T>>) -> Result<T, StoreError> {

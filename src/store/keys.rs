@@ -208,6 +208,11 @@ pub(crate) fn idempotent_answer(tenant: &TenantId, key_sha256: &str) -> String {
     format!("lc:{{t:{tenant}}}:once:{key_sha256}:answer")
 }
 
+/// The request that was run for it last.
+pub(crate) fn idempotent_request(tenant: &TenantId, key_sha256: &str) -> String {
+    format!("lc:{{t:{tenant}}}:once:{key_sha256}:request")
+}
+
 /// Told whenever a request was added to a model's queue.
 pub(crate) fn queue_channel(model: &ModelId) -> String {
     format!("lc:{{m:{model}}}:published")

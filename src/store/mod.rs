@@ -5,6 +5,7 @@
 //! tells how long the server has been reachable without a gap. Never repeats a command whose outcome is
 //! unknown, never answers from memory, and never turns an unreadable value into a default.
 
+mod clock;
 mod connection;
 pub mod embedded;
 mod functions;
@@ -13,6 +14,7 @@ mod layout;
 mod reply;
 mod subscription;
 
+pub(crate) use clock::ClockWatch;
 pub use connection::Store;
 pub(crate) use functions::Function;
 pub(crate) use reply::Reply;

@@ -62,6 +62,8 @@ pub struct Metrics {
     pub journal_faults: IntCounter,
     /// grants + adjustments - balance - holds - charges + refunds over all tenants; anything but 0 is an alarm.
     pub ledger_imbalance_nano_usd: IntGauge,
+    /// Accounts that cannot be read, at the last look; anything but 0 is an alarm.
+    pub ledger_unreadable_accounts: IntGauge,
     /// Contradictions found when each tenant's ledger was last verified, on the one node that verifies and 0 on all
     /// others; anything but 0 is an alarm.
     pub ledger_faults: IntGauge,
@@ -169,6 +171,10 @@ impl Metrics {
                 "Damaged journals, and entries of journals that could not be settled",
             ),
             ledger_imbalance_nano_usd: plain_gauge("lightcone_ledger_imbalance_nano_usd", "Must be 0"),
+            ledger_unreadable_accounts: plain_gauge(
+                "lightcone_ledger_unreadable_accounts",
+                "Accounts that cannot be read; must be 0",
+            ),
             ledger_faults: plain_gauge("lightcone_ledger_faults", "Contradictions in the ledger; must be 0"),
             ledger_unbalanced_tenants: plain_gauge(
                 "lightcone_ledger_unbalanced_tenants",

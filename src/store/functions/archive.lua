@@ -48,4 +48,4 @@ local function trim(keys, args)
   return {'trimmed'}
 end
 
-register('trim', trim)
+register('trim', trim, {'allow-oom'})

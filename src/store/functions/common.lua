@@ -1,10 +1,18 @@
 -- Shared by all functions. A function is atomic, but Redis undoes nothing when one fails in the middle:
 -- each therefore checks everything that it depends on before its first write.
 
+-- The time that the function which runs now goes by: one from its beginning to its end, for not every server stops the
+-- clock while it runs.
+local clock_ms
+
+-- `flags`: what ends or frees something has `allow-oom`, so that a full store can be emptied.
 local function register(name, callback, flags)
   redis.register_function{
     function_name = 'lightcone_' .. name .. '_' .. VERSION,
-    callback = callback,
+    callback = function(keys, args)
+      clock_ms = nil
+      return callback(keys, args)
+    end,
     flags = flags or {},
   }
 end
@@ -15,8 +23,11 @@ local function whole(number)
 end
 
 local function now_ms()
-  local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+  if not clock_ms then
+    local time = redis.call('TIME')
+    clock_ms = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+  end
+  return clock_ms
 end
 
 -- Arguments by their names.

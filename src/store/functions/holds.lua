@@ -5,7 +5,9 @@
 local function affordable(account, room, fixed, price, wanted)
   local tokens, by = wanted, ''
   local function fit(money, name)
-    if fixed + tokens * price > money then
+    local cost = fixed + tokens * price
+    -- What is free needs no money, not even that of somebody who owes some.
+    if cost > money and cost > 0 then
       tokens, by = price > 0 and math.floor((money - fixed) / price) or -1, name
     end
   end
@@ -124,18 +126,9 @@ local function hold(keys, args)
     return {'overflow'}
   end
 
-  -- By the clock of the ledger, which never goes back: its entries say what each day must have.
-  local day = day_name(math.max(now, tonumber(account.at)))
+  -- By the clock as it is. Entries never go back behind earlier ones; where that makes a day's difference, they say so.
+  local day = day_name(now)
   local parties = parties_of(keys, ask.key, tenant_limits, key_limits, day)
-  if too_many_open(parties) then
-    -- Some may be open only because nobody has swept yet.
-    local broken = release_expired(keys, ask.tenant, 16, whole(now))
-    if broken then
-      return broken
-    end
-    parties = parties_of(keys, ask.key, tenant_limits, key_limits, day)
-    account = known(keys)
-  end
   local windows, overrun = rate_windows(keys, parties, tokens, now)
   local room, party_in_way, name_in_way = spend_room(parties)
   local paid, amount, by = affordable(account, room, prompt * input, output, wanted)
@@ -167,7 +160,7 @@ local function hold(keys, args)
     }
   end
 
-  if move_balance(keys, minus(amount)) < 0 then
+  if move_balance(keys, minus(amount)) < 0 and amount ~= '0' then
     move_balance(keys, amount)
     return redis.error_reply('DAMAGED ' .. keys[ACCOUNT] .. ' had less than was counted on')
   end
@@ -175,6 +168,7 @@ local function hold(keys, args)
   redis.call('HSET', keys[HOLDS], ask.request, amount)
   redis.call('HSET', keys[TERMS], ask.request, table.concat({
     pack_terms(ask), day, whole(tokens), whole(tenant_of_tier.spend_per_day), whole(tenant_of_tier.spend_per_month),
+    ask.lease_ms,
   }, '\31'))
   redis.call('ZADD', keys[LEASES], whole(now + tonumber(ask.lease_ms)), ask.request)
   redis.call('HINCRBY', keys[OPEN], ask.key, 1)
@@ -184,15 +178,17 @@ local function hold(keys, args)
     kind = 'hold', request = ask.request, tenant = ask.tenant, key = ask.key, model = ask.model, prompt = ask.prompt,
     completion = whole(paid), input = ask.input, output = ask.output, cached_input = ask.cached_input,
     version = ask.version, amount = amount,
+    note = day ~= day_name(math.max(now, tonumber(account.at))) and 'day ' .. day or '',
   })
   tell_in_way(keys, by, party_in_way, name_in_way, day)
   return {'held', amount, whole(paid), by, unpack(tell_windows(keys, windows, now))}
 end
 
 -- More output tokens for an open hold, at its own terms: as many of `wanted` as there is money for. Arguments:
--- tenant, request, wanted. Answers how many, and what was in the way of more.
+-- tenant, request, wanted, and how much is on hold for it as far as the caller knows. Answers how many, and what was in
+-- the way of more. Those of an earlier call, whose answer was lost, are told again.
 local function extend(keys, args)
-  local ask = named(args, {'tenant', 'request', 'wanted'})
+  local ask = named(args, {'tenant', 'request', 'wanted', 'known'})
   local account, refusal = known(keys)
   if refusal then
     return refusal
@@ -205,6 +201,11 @@ local function extend(keys, args)
   local price, wanted = tonumber(entry.output), tonumber(ask.wanted)
   if price * wanted > EXACT_MAX then
     return {'overflow'}
+  end
+  local held = tonumber(redis.call('HGET', keys[HOLDS], ask.request))
+  local untold = price > 0 and math.floor((held - tonumber(ask.known)) / price) or 0
+  if untold > 0 then
+    return {'extended', whole(untold), ''}
   end
   local tier = {}
   for index, name in ipairs(LIMITS) do
@@ -223,7 +224,7 @@ local function extend(keys, args)
     tell_in_way(keys, by, party_in_way, name_in_way, behind.day)
     return {'extended', '0', by}
   end
-  if move_balance(keys, minus(amount)) < 0 then
+  if move_balance(keys, minus(amount)) < 0 and amount ~= '0' then
     move_balance(keys, amount)
     return redis.error_reply('DAMAGED ' .. keys[ACCOUNT] .. ' had less than was counted on')
   end
@@ -279,6 +280,34 @@ local function collect(keys, account, entry)
   return nil
 end
 
+-- Requests that were asked again under their idempotency keys before they had answered: whatever becomes of them, it is
+-- the last of them that is paid for.
+local FORGIVEN_SECONDS = 31 * 86400
+
+local function is_forgiven(keys, request)
+  return redis.call('EXISTS', beside(keys, 'forgiven:' .. request)) == 1
+end
+
+-- Makes a request free, whether it is still to end or has ended. Arguments: tenant, request.
+local function forgive(keys, args)
+  local ask = named(args, {'tenant', 'request'})
+  local _, refusal = known(keys)
+  if refusal then
+    return refusal
+  end
+  redis.call('SET', beside(keys, 'forgiven:' .. ask.request), '1', 'EX', FORGIVEN_SECONDS)
+  local released = release_one(keys, ask.tenant, ask.request, 'asked_again')
+  if type(released) == 'table' then
+    return released
+  end
+  local charged = string.match(redis.call('HGET', keys[ENDED], ask.request) or '', '^post (%d+) ')
+  local left = redis.call('HGET', keys[ENDED], 'refundable ' .. ask.request) or charged
+  if left and left ~= '0' then
+    return refund(keys, {ask.tenant, 'asked_again ' .. ask.request, left, 'asked_again', ask.request})
+  end
+  return {released and 'released' or 'free'}
+end
+
 -- Whoever had a request that was released for this could not say what it used.
 local LATE_AFTER = {expired = true, worker_lost = true}
 local LATE_MS_MAX = 30 * DAY_MS
@@ -295,13 +324,13 @@ local function post_late(keys, account, entry)
     -- is older than the archive was forgotten on purpose.
     local archived_at = tonumber(redis.call('HGET', keys[ACCOUNT], 'archived_at') or '0')
     local begun_at = tonumber(string.match(entry.request, '(%x%x%x%x%x%x%x%x%x%x%x%x)%x*$') or '0', 16)
-    if entry.begun ~= '1' or begun_at <= archived_at + CLOCKS_OFF_MS then
+    if entry.begun ~= '1' or begun_at <= archived_at + CLOCKS_OFF_MS or is_forgiven(keys, entry.request) then
       return {'absent'}
     end
     entry.reference = 'unheld'
     return collect(keys, account, entry)
   end
-  if not LATE_AFTER[reason or ''] then
+  if not LATE_AFTER[reason or ''] or is_forgiven(keys, entry.request) then
     return {'ended', ended}
   end
   local released = redis.call('XRANGE', keys[ENTRIES], seq .. '-0', seq .. '-0')[1]
@@ -424,19 +453,37 @@ local function renew(keys, args)
   return {'renewed', renewed}
 end
 
+-- A clock that was far ahead has made leases that end then: they get what is left of one from now on.
+local function shorten_leases(keys, limit, from_ms)
+  for _, request in ipairs(redis.call('ZRANGEBYSCORE', keys[LEASES], from_ms, '+inf', 'LIMIT', 0, limit)) do
+    local _, behind = unpack_terms(redis.call('HGET', keys[TERMS], request) or '')
+    local expiry = now_ms() + tonumber(behind.lease_ms)
+    if tonumber(redis.call('ZSCORE', keys[LEASES], request)) > expiry then
+      redis.call('ZADD', keys[LEASES], whole(expiry), request)
+    end
+  end
+end
+
+-- Arguments: tenant, how many at most, whether all (1), and from where on leases may be too long, if they are looked for.
 local function sweep(keys, args)
-  local tenant, limit, all = args[1], args[2], args[3] == '1'
+  local tenant, limit, all, from_ms = args[1], args[2], args[3] == '1', args[4]
   local fault = look_at(keys)
   if fault then
     return fault
+  end
+  if from_ms then
+    shorten_leases(keys, limit, from_ms)
   end
   local broken, swept, seen = release_expired(keys, tenant, limit, all and '+inf' or whole(now_ms()))
   return broken or {'swept', swept, seen}
 end
 
+local FREES = {'allow-oom'}
+
 register('hold', hold)
 register('extend', extend)
-register('settle', settle)
-register('release', release)
-register('renew', renew)
-register('sweep', sweep)
+register('forgive', forgive, FREES)
+register('settle', settle, FREES)
+register('release', release, FREES)
+register('renew', renew, FREES)
+register('sweep', sweep, FREES)

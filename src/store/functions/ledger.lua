@@ -140,9 +140,9 @@ local function pack_terms(terms)
   return table.concat(values, '\31')
 end
 
--- What stands behind the terms of a hold: the day that it counts for, the tokens that it counts with, and what
--- its tenant's tier allowed to be spent.
-local BEHIND_TERMS = {'day', 'tokens', 'spend_per_day', 'spend_per_month'}
+-- What stands behind the terms of a hold: the day that it counts for, the tokens that it counts with, what its tenant's
+-- tier allowed to be spent, and how long its lease is.
+local BEHIND_TERMS = {'day', 'tokens', 'spend_per_day', 'spend_per_month', 'lease_ms'}
 
 local function unpack_terms(text)
   local terms, behind, values = {}, {}, {}
@@ -394,7 +394,7 @@ end
 -- audits reads them at leisure; and so are the counters of hours before that of the last entry.
 local function snapshot(keys)
   local at = tonumber(redis.call('HGET', keys[ACCOUNT], 'at') or '') or 0
-  local now = math.max(now_ms(), at)
+  local now = now_ms()
   local day = day_name(now)
   return {
     redis.call('HGETALL', keys[ACCOUNT]),

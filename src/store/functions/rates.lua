@@ -14,10 +14,14 @@ local function rate_look(key, name, now)
   local state = redis.call('HMGET', key, name .. ':sum', name .. ':seen')
   local bucket = math.floor(now / BUCKET_MS)
   local sum, seen = tonumber(state[1]) or 0, tonumber(state[2]) or bucket
-  -- A clock that went back takes nothing off.
-  bucket = math.max(bucket, seen)
+  -- A clock that went back a little takes nothing off. What was counted by one that was far ahead says nothing of now.
+  local last = seen
+  if seen <= bucket + BUCKETS then
+    bucket = math.max(bucket, seen)
+    last = math.min(bucket - BUCKETS - 1, seen)
+  end
   local old = {}
-  for index = seen - BUCKETS, math.min(bucket - BUCKETS - 1, seen) do
+  for index = seen - BUCKETS, last do
     old[#old + 1] = name .. ':' .. whole(index)
   end
   if #old > 0 then

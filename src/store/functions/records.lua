@@ -1,17 +1,21 @@
 -- Idempotency keys: who has asked first, and what was answered. Only the asker itself changes what it has set, so
 -- that one that was away for too long neither frees nor answers for the next.
 --
--- keys: 1 the question, 2 its answer. The question is an opaque value that differs for every asker.
+-- keys: 1 the question, 2 its answer, 3 the last request that was run for it. The question is an opaque value that differs
+-- for every asker.
 
+-- args: question, lease, request, how long it is remembered. Answers which request was run before, if one was.
 local function once_begin(keys, args)
-  local question, lease_ms = args[1], args[2]
+  local question, lease_ms, request, retention_ms = args[1], args[2], args[3], args[4]
   local before = redis.call('GET', keys[1])
   if before then
     return {'asked', before}
   end
   redis.call('SET', keys[1], question, 'PX', lease_ms)
   redis.call('DEL', keys[2])
-  return {'first'}
+  local run_before = redis.call('GET', keys[3])
+  redis.call('SET', keys[3], request, 'PX', retention_ms)
+  return {'first', run_before ~= request and run_before or ''}
 end
 
 local function is_anothers(key, question)

@@ -5,7 +5,7 @@ use parking_lot::Mutex;
 /// Watches the store's clock against this process's own, which never jumps: after a jump all leases look expired, or
 /// none ever.
 #[derive(Default)]
-pub(super) struct ClockWatch {
+pub(crate) struct ClockWatch {
     state: Mutex<State>,
 }
 
@@ -27,7 +27,7 @@ impl ClockWatch {
             let passed = u64::try_from(now.duration_since(then).as_millis()).unwrap_or(u64::MAX);
             let off = unix_ms.abs_diff(then_ms.saturating_add(passed));
             if u128::from(off) > lease.as_millis() / 2 {
-                tracing::warn!(off_ms = off, "the store's clock jumped; no hold is given up until its owners had time");
+                tracing::warn!(off_ms = off, "the store's clock jumped; nothing is given up until its owners had time");
                 state.jumped = Some(now);
             }
         }
