@@ -68,7 +68,7 @@ pub enum AuthError {
 #[derive(Debug, thiserror::Error)]
 pub enum AdmitError {
     #[error("the balance of {balance} does not cover the {needed} that the request may cost")]
-    InsufficientBalance { balance: NanoUsd, needed: NanoUsd },
+    InsufficientBalance { balance: NanoUsd, needed: NanoUsd, rates: Rates },
     /// `wait_ms`: until it fits if nothing else comes; nothing where it never does.
     #[error("the limit of {limit} {kind} is in the way")]
     Limited { kind: LimitKind, of: Party, limit: u64, wait_ms: Option<u64>, rates: Rates },
@@ -304,7 +304,7 @@ impl Admission {
                 let balance = NanoUsd::new(reply.next("balance")?);
                 let least = ask.price.output.checked_mul(choices.into())?;
                 let needed = ask.price.input.checked_mul(ask.prompt_tokens.into())?.checked_add(least)?;
-                Err(AdmitError::InsufficientBalance { balance, needed })
+                Err(AdmitError::InsufficientBalance { balance, needed, rates: Rates::told(&mut reply)? })
             }
             "overflow" => Err(MoneyError::Overflow.into()),
             "suspended" => Err(AdmitError::Suspended(tenant.clone())),

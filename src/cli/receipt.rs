@@ -87,7 +87,12 @@ fn public_key_of(config: &Config, named: Option<&str>) -> Result<ReceiptKey, Cli
     };
     match named.parse() {
         Ok(key) => Ok(key),
-        Err(_) => ReceiptKey::read(named.as_ref()).map_err(usage),
+        Err(error) => match ReceiptKey::read(named.as_ref()) {
+            Err(ReceiptKeyError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                Err(CliError::Usage(format!("--public-key: `{named}` is no file, and {error}")))
+            }
+            read => read.map_err(usage),
+        },
     }
 }
 

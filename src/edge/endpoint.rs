@@ -131,7 +131,14 @@ impl Recorded {
     ) -> Result<(Arc<Recording>, Option<Rates>), Refusal> {
         let Self { state, key, bytes, principal, arrival, is_resumed } = self;
         match state.records.begin(&key).await {
-            Ok(Once::First) => {}
+            Ok(Once::First(None)) => {}
+            // Its edge died before it had answered. Under one key, one answer is paid for.
+            Ok(Once::First(Some(before))) => {
+                if let Err(error) = state.ledger.forgive(key.tenant(), &before).await {
+                    forget(&state, &key).await;
+                    return Err(stored::ledger_failed(error).into());
+                }
+            }
             Ok(Once::Other) => return Err(ApiError::key_reused().into()),
             Ok(Once::Again) => {
                 let known = state.recordings.find(&key);

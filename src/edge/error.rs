@@ -197,10 +197,11 @@ impl ApiError {
         error
     }
 
-    pub fn insufficient_balance() -> Self {
+    pub fn insufficient_balance(rates: Rates) -> Self {
         let why = "Your balance does not cover this request: its prompt and one token of output. Add credit.";
         let mut error = Self::new(StatusCode::PAYMENT_REQUIRED, "insufficient_quota", "insufficient_quota", why);
         error.0.never_retry = true;
+        error.0.rates = rates;
         error
     }
 
@@ -566,7 +567,7 @@ mod tests {
     fn every_error_is_an_openai_error_object_with_a_string_code() {
         let errors = [
             ApiError::no_key(),
-            ApiError::insufficient_balance(),
+            ApiError::insufficient_balance(Rates::default()),
             ApiError::queue_full(250),
             ApiError::store_away(),
             ApiError::draining(),
@@ -592,7 +593,7 @@ mod tests {
         let full = ApiError::queue_full(1250);
         assert_eq!(header(&full, "retry-after").as_deref(), Some("2"));
         assert_eq!(header(&full, "retry-after-ms").as_deref(), Some("1250"));
-        let poor = ApiError::insufficient_balance();
+        let poor = ApiError::insufficient_balance(Rates::default());
         assert_eq!(header(&poor, "x-should-retry").as_deref(), Some("false"));
         assert!(header(&ApiError::store_away(), "retry-after").is_some());
         let get = ApiError::method_not_allowed("GET", "/", "POST");

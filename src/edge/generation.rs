@@ -124,7 +124,7 @@ pub async fn open(
 
 pub(super) fn refused(error: AdmitError) -> ApiError {
     match error {
-        AdmitError::InsufficientBalance { .. } => ApiError::insufficient_balance(),
+        AdmitError::InsufficientBalance { rates, .. } => ApiError::insufficient_balance(rates),
         AdmitError::Limited { kind, of, limit, wait_ms, rates } => ApiError::limited(kind, of, limit, wait_ms, rates),
         AdmitError::Suspended(tenant) => {
             tracing::info!(%tenant, "a suspended tenant asked");

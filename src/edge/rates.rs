@@ -22,9 +22,13 @@ pub fn duration(ms: u64) -> String {
     if ms < 1000 {
         return format!("{ms}ms");
     }
-    let (minutes, rest) = (ms / 60_000, ms % 60_000);
+    let (hours, minutes, rest) = (ms / 3_600_000, ms / 60_000 % 60, ms % 60_000);
     let seconds = format!("{}s", rest as f64 / 1000.0);
-    if minutes > 0 { format!("{minutes}m{seconds}") } else { seconds }
+    match (hours, minutes) {
+        (0, 0) => seconds,
+        (0, minutes) => format!("{minutes}m{seconds}"),
+        (hours, minutes) => format!("{hours}h{minutes}m{seconds}"),
+    }
 }
 
 #[cfg(test)]
@@ -33,7 +37,8 @@ mod tests {
 
     #[test]
     fn durations_are_written_as_clients_read_them() {
-        let written: Vec<_> = [0, 120, 1000, 6250, 60_000, 61_500].into_iter().map(duration).collect();
-        assert_eq!(written, ["0ms", "120ms", "1s", "6.25s", "1m0s", "1m1.5s"]);
+        let written: Vec<_> =
+            [0, 120, 1000, 6250, 60_000, 61_500, 3_600_000, 90_061_000].into_iter().map(duration).collect();
+        assert_eq!(written, ["0ms", "120ms", "1s", "6.25s", "1m0s", "1m1.5s", "1h0m0s", "25h1m1s"]);
     }
 }

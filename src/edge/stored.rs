@@ -11,6 +11,7 @@ use super::{answer::Whole, auth::authenticate, error::ApiError, generation::unix
 use crate::{
     admission::Scope,
     domain::TenantId,
+    ledger::LedgerError,
     prompt::{Message, Role, ToolCall},
     records::{Listed, Order, Record},
     store::StoreError,
@@ -72,6 +73,16 @@ impl Keeping {
 pub fn store_failed(error: StoreError) -> ApiError {
     tracing::warn!(%error, "a record could not be read");
     if error.is_transient() { ApiError::store_away() } else { ApiError::internal() }
+}
+
+pub fn ledger_failed(error: LedgerError) -> ApiError {
+    match error {
+        LedgerError::Store(error) => store_failed(error),
+        error => {
+            tracing::error!(%error, "an earlier request under a key could not be made free");
+            ApiError::internal()
+        }
+    }
 }
 
 /// A stored answer of the bearer's tenant.

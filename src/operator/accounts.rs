@@ -52,7 +52,7 @@ pub enum OperatorError {
 }
 
 impl OperatorError {
-    pub(super) fn wish(field: &'static str, why: impl Into<String>) -> Self {
+    pub(crate) fn wish(field: &'static str, why: impl Into<String>) -> Self {
         Self::BadWish { field, why: why.into() }
     }
 
@@ -154,8 +154,9 @@ impl Accounts {
     }
 
     pub(super) async fn must_exist(&self, tenant: &TenantId) -> Result<(), OperatorError> {
-        let exists: bool = self.store.query(redis::cmd("EXISTS").arg(keys::account(tenant))).await?;
-        if exists { Ok(()) } else { Err(OperatorError::UnknownTenant(tenant.clone())) }
+        let listed: Option<f64> =
+            self.store.query(redis::cmd("ZSCORE").arg(keys::TENANTS).arg(tenant.as_str())).await?;
+        if listed.is_some() { Ok(()) } else { Err(OperatorError::UnknownTenant(tenant.clone())) }
     }
 
     /// At most `limit` members of a set that is ordered by time, behind the member `after`, or from the first on.

@@ -9,6 +9,7 @@ use super::{
 use crate::{
     admission::{Limits, limits_in},
     domain::{NanoUsd, TenantId},
+    fault,
     ledger::Balance,
     store::{Function, Reply, StoreError, keys},
 };
@@ -115,6 +116,10 @@ impl Accounts {
         if credit < NanoUsd::ZERO {
             return Err(OperatorError::wish("credit_nano_usd", "a credit line cannot be negative"));
         }
+        // What could be refused later is refused now: a tenant is made whole or not at all.
+        if balance.checked_add(credit).is_err() {
+            return Err(OperatorError::wish("credit_nano_usd", "with the balance it is more than an amount can be"));
+        }
         let own = TenantChanges {
             status: None,
             tier: Some(tier).filter(|tier| !tier.is_empty()),
@@ -126,6 +131,11 @@ impl Accounts {
         let change = Change::of("tenant.create", &id).with("name", &name).with("balance_nano_usd", balance);
         let change = change.with_all(&own).with("credit_nano_usd", credit);
         let making = async {
+            self.open_tenant(&id, &name, NanoUsd::ZERO).await?;
+            // Before any money comes in: where this breaks off, nobody has some whom nothing lists, sweeps or verifies.
+            fault::point("operator.tenant.opened");
+            self.list(&[&id]).await?;
+            fault::point("operator.tenant.listed");
             self.open_tenant(&id, &name, balance).await?;
             if !own.is_empty() {
                 self.set_account(&id, &own).await?;
@@ -133,7 +143,6 @@ impl Accounts {
             if credit > NanoUsd::ZERO {
                 self.ledger.set_credit(&id, credit, "").await?;
             }
-            self.list(&[&id]).await?;
             self.tenant(&id).await
         };
         self.recorded(change, making, |_| true).await

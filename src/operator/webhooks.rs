@@ -20,7 +20,7 @@ impl Accounts {
             .with("url", &wish.url)
             .with("kinds", &wish.kinds)
             .with("enabled", wish.enabled)
-            .with("new_secret", wish.rotate);
+            .with("rotate_secret", wish.rotate);
         let setting = async { Ok(self.webhooks().set(tenant, wish).await?) };
         self.recorded(change, setting, |_| true).await
     }

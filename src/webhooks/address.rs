@@ -29,6 +29,10 @@ const PRIVATE_V4: &[&str] = &[
     "224.0.0.0/4",
     "240.0.0.0/4",
 ];
+/// What an operator may open: networks of one's own, and the machine itself. Never those by which machines are told who
+/// they are (169.254.169.254 and the like), nor those of many.
+const OWN: &[&str] =
+    &["10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1/128", "fc00::/7"];
 /// Of IPv6 only this is public, less what stands below: some of it leads back to addresses of IPv4.
 const PUBLIC_V6: &str = "2000::/3";
 const PRIVATE_V6: &[&str] = &["2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"];
@@ -106,10 +110,18 @@ impl Target {
         match (is_public(address), self.is_secure) {
             (true, true) => Ok(()),
             (true, false) => Err(TargetError::NotSecure),
-            (false, _) if self.allow_private => Ok(()),
+            (false, _) if self.allow_private && is_own(address) => Ok(()),
             (false, _) => Err(TargetError::Private(address)),
         }
     }
+}
+
+fn is_own(address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    let network = |text: &&str| text.parse::<IpNet>().expect("a network");
+    // Where the cloud answers to instances over IPv6.
+    let tells_who_we_are = address == IpAddr::from([0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254]);
+    !tells_who_we_are && OWN.iter().map(network).any(|network| network.contains(&address))
 }
 
 /// Whether anybody on the internet could be meant.
@@ -126,6 +138,23 @@ fn is_public(address: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_an_operator_opens_are_networks_of_ones_own_and_no_others() {
+        for own in
+            ["10.1.2.3", "127.0.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "::1", "fd12::1", "::ffff:10.0.0.1"]
+        {
+            let url = if own.contains(':') { format!("http://[{own}]/") } else { format!("http://{own}/") };
+            assert!(Target::parse(&url, true).is_ok(), "{own}");
+            assert!(Target::parse(&url.replace("http:", "https:"), false).is_err(), "{own}");
+        }
+        for never in
+            ["169.254.169.254", "0.0.0.0", "224.0.0.1", "255.255.255.255", "fe80::1", "ff02::1", "::", "fd00:ec2::254"]
+        {
+            let url = if never.contains(':') { format!("https://[{never}]/") } else { format!("https://{never}/") };
+            assert_eq!(Target::parse(&url, true).err(), Some(TargetError::Private(never.parse().unwrap())), "{never}");
+        }
+    }
 
     #[test]
     fn public_is_what_no_network_keeps_for_itself() {

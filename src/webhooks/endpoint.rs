@@ -162,15 +162,23 @@ impl Endpoints {
     pub async fn test(&self, tenant: &TenantId, postman: &Postman) -> Result<(String, Outcome), WebhookError> {
         let endpoint = self.one(tenant).await?;
         let damaged = |what: &str| StoreError::Damaged(format!("{what} of {tenant}"));
-        let secret: String = self.store.query(redis::cmd("HGET").arg(keys::webhook(tenant)).arg("secret")).await?;
-        let secret = Secret::parse(&secret).ok_or_else(|| damaged("the webhook secret"))?;
+        let now = self.store.now_unix_ms().await?;
+        let mut question = redis::cmd("HMGET");
+        question.arg(keys::webhook(tenant)).arg("secret").arg("secret_before").arg("secret_until");
+        let [secret, before, until]: [Option<String>; 3] = self.store.query(&question).await?;
+        let parsed = |text: String| Secret::parse(&text).ok_or_else(|| damaged("the webhook secret"));
+        let mut secrets = vec![parsed(secret.unwrap_or_default())?];
+        // As in events: while one is being replaced, both sign.
+        let signs = until.and_then(|until| until.parse::<u64>().ok()).is_some_and(|until| until > now);
+        if let Some(before) = before.filter(|before| signs && !before.is_empty()) {
+            secrets.push(parsed(before)?);
+        }
         let mut command = redis::cmd("HMGET");
         let money: Vec<Option<i64>> =
             self.store.query(command.arg(keys::account(tenant)).arg("balance").arg("held")).await?;
         let [Some(balance), Some(held)] = money[..] else { return Err(damaged("the balance").into()) };
-        let now = self.store.now_unix_ms().await?;
         let message = Message::test(tenant, now, NanoUsd::new(balance), NanoUsd::new(held));
-        let outcome = postman.send(&endpoint.url, &[secret], now, &message).await;
+        let outcome = postman.send(&endpoint.url, &secrets, now, &message).await;
         Ok((message.id, outcome))
     }
 

@@ -72,7 +72,13 @@ pub async fn end(desk: &Desk<'_>, name: &str, text: &str) -> Result<Option<u64>,
 
 /// `NAME=VALUE`, counts as they are and spend in dollars; `none` takes one's own away.
 pub fn limit_changes(name: &str, texts: &[String]) -> Result<LimitChanges, CliError> {
-    texts.iter().map(|text| limit(name, text)).collect()
+    let changes: LimitChanges = texts.iter().map(|text| limit(name, text)).collect::<Result<_, _>>()?;
+    let twice =
+        changes.iter().enumerate().find(|(at, (kind, _))| changes[..*at].iter().any(|(other, _)| other == kind));
+    match twice {
+        Some((_, (kind, _))) => Err(wrong(name, format!("{kind} is named twice"))),
+        None => Ok(changes),
+    }
 }
 
 fn limit(name: &str, text: &str) -> Result<(LimitKind, Option<u64>), CliError> {
@@ -106,7 +112,15 @@ pub fn labels(name: &str, text: &str) -> Result<BTreeMap<String, String>, CliErr
         Some((label, value)) => Ok((label.trim().to_owned(), value.trim().to_owned())),
         None => Err(wrong(name, format!("`{part}` is not of the form name=value"))),
     };
-    text.split(',').filter(|part| !part.trim().is_empty()).map(label).collect()
+    let mut labels = BTreeMap::new();
+    for part in text.split(',').filter(|part| !part.trim().is_empty()) {
+        let (label, value) = label(part)?;
+        if labels.contains_key(&label) {
+            return Err(wrong(name, format!("{label} is named twice")));
+        }
+        labels.insert(label, value);
+    }
+    Ok(labels)
 }
 
 /// What makes a change of money happen once, where nobody gave it a name.

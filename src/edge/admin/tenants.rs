@@ -1,7 +1,12 @@
 use actix_web::{HttpResponse, web};
 
 use super::{Desk, List, Sorted, Wanted, answer, bodies, faults};
-use crate::{domain::TenantId, edge::error::ApiError, operator::TenantStatus};
+use crate::{
+    domain::TenantId,
+    edge::error::ApiError,
+    ledger::LedgerError,
+    operator::{OperatorError, TenantStatus},
+};
 
 pub async fn list_tenants(desk: Desk) -> Result<HttpResponse, ApiError> {
     let wanted = Wanted::read(&desk.http)?;
@@ -33,14 +38,19 @@ pub async fn change_tenant(desk: Desk, payload: web::Payload, id: web::Path<Stri
     }
     let accounts = desk.accounts.clone();
     let changing = async move {
-        let tenant = accounts.change_tenant(&id, &changes).await?;
-        match credit {
-            None => Ok(tenant),
-            Some(credit) => {
-                accounts.set_credit(&id, credit, "").await?;
-                accounts.tenant(&id).await
-            }
+        // What may be refused comes first, so that a refusal has changed nothing.
+        if let Some(credit) = credit {
+            accounts.set_credit(&id, credit, "").await.map_err(of_credit)?;
         }
+        accounts.change_tenant(&id, &changes).await
     };
     Ok(answer(&Sorted::tenant(desk.change(changing).await?)))
+}
+
+/// Names the field that the body has.
+fn of_credit(error: OperatorError) -> OperatorError {
+    match error {
+        OperatorError::Ledger(LedgerError::Money(error)) => OperatorError::wish("credit_nano_usd", error.to_string()),
+        error => error,
+    }
 }
