@@ -21,7 +21,17 @@ impl Shop {
     }
 
     fn with(ledger: &str, extra: &str) -> Self {
-        let home = Home::with_leases(2000, ledger, extra);
+        Self::at_home(Home::with_leases(2000, ledger, extra))
+    }
+
+    /// With further lines of the edge's section.
+    fn with_edge(edge: &str, extra: &str) -> Self {
+        let home = Home::with_leases(2000, "", extra);
+        home.configure("[edge]\n", &format!("[edge]\n{edge}"));
+        Self::at_home(home)
+    }
+
+    fn at_home(home: Home) -> Self {
         let node = home.start(&[]);
         let key = home.key();
         Self { home, node, key, http: reqwest::Client::new() }
@@ -356,4 +366,113 @@ async fn a_limit_of_spend_that_is_set_during_a_stream_ends_it_at_its_last_paid_t
     assert!(charged <= spent && spent - charged < OUTPUT, "{charged} of {spent}");
     assert_eq!(charged, cost(&told.usage.expect("usage")));
     shop.home.assert_settled(&[]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn asked_again_after_everything_died_pays_the_answer_that_it_got() {
+    let mut shop = Shop::open();
+    let slowly = |shop: &Shop| shop.request(&ask("slowly <<slow:10>>", 60)).header("idempotency-key", "only once");
+    let first = slowly(&shop).timeout(std::time::Duration::from_millis(400)).send().await;
+    assert!(first.is_err(), "it was to be killed in the middle");
+    let Shop { home, node, .. } = shop;
+    node.kill();
+    shop.home = home;
+    shop.node = shop.home.start(&[]);
+    // The dead one was charged for what it had decoded, until it is known that nobody will ever have it.
+    let begun = std::time::Instant::now();
+    let answer = loop {
+        let answer = slowly(&shop).send().await.expect("an answer");
+        if answer.status() == StatusCode::OK {
+            break serde_json::from_str::<Value>(&answer.text().await.expect("a body")).expect("JSON");
+        }
+        assert!(begun.elapsed() < crate::support::process::SOON, "{}", answer.status());
+    };
+    let balance = shop.home.assert_settled(&[]);
+    let paid = balance["charged_nano_usd"].as_u64().zip(balance["refunded_nano_usd"].as_u64());
+    assert_eq!(paid.map(|(charged, refunded)| charged - refunded), Some(cost(&answer["usage"])), "{balance}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_whose_journal_is_lost_with_its_disk_is_paid_nothing() {
+    let Shop { home, node, key, .. } = Shop::open();
+    let mut answer = node.ask(&key, "slowly <<slow:10>>", 400).await;
+    answer.begun().await;
+    node.kill();
+    std::fs::remove_dir_all(home.data_dir().join("journal")).expect("a journal");
+    let _node = home.start(&[]);
+    assert_eq!(home.assert_settled(&[])["charged_nano_usd"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_takes_too_long_pays_what_was_decoded() {
+    let shop = Shop::with_edge("request_ms_max = 1000\n", "");
+    let answer = shop.request(&ask("slowly <<slow:10>>", 400)).send().await.expect("an answer");
+    assert_eq!(answer.status(), StatusCode::SERVICE_UNAVAILABLE);
+    let post = shop.only_post();
+    assert_eq!((&post["note"], &post["amount_nano_usd"]), (&json!("cancelled"), &json!(cost(&post["usage"]))));
+    let decoded = post["usage"]["completion_tokens"].as_u64().expect("a number");
+    assert!((1..200).contains(&decoded), "{decoded}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn read_too_slowly_pays_what_was_decoded() {
+    use tokio::io::AsyncWriteExt;
+    let shop = Shop::with_edge("stream_buffer_events = 16\nchoices_max = 8\n", "");
+    let mut body = ask("well", 500);
+    for (name, value) in
+        [("n", json!(8)), ("stream", json!(true)), ("logprobs", json!(true)), ("top_logprobs", json!(20))]
+    {
+        body[name] = value;
+    }
+    let address = shop.node.url.strip_prefix("http://").expect("an address").parse().expect("an address");
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(4096).expect("a small buffer");
+    let mut client = socket.connect(address).await.expect("a connection");
+    let body = body.to_string();
+    let request = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: node\r\nauthorization: Bearer {}\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\n\r\n{body}",
+        shop.key,
+        body.len()
+    );
+    client.write_all(request.as_bytes()).await.expect("sent");
+    let begun = std::time::Instant::now();
+    while shop.home.posts(&[]).is_empty() {
+        assert!(begun.elapsed() < crate::support::process::SOON, "it was never cut");
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    let post = shop.only_post();
+    assert_eq!((&post["note"], &post["amount_nano_usd"]), (&json!("cancelled"), &json!(cost(&post["usage"]))));
+    let decoded = post["usage"]["completion_tokens"].as_u64().expect("a number");
+    assert!((16..4000).contains(&decoded), "{decoded}");
+    drop(client);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_no_worker_takes_in_time_is_free() {
+    let (home, redis) = (Home::new(""), Redis::start());
+    home.configure("wait_ms_max = 30000", "wait_ms_max = 1000");
+    let at = ["--redis-url", &redis.url];
+    home.run(&["keys", "bootstrap", at[0], at[1]]);
+    let node = home.start(&["--role", "edge", at[0], at[1]]);
+    let told = node.ask(&home.key(), "well", 10).await.rest().await;
+    assert!(told.error.is_some() && told.chunks == 0, "{told:?}");
+    assert_eq!(home.assert_settled(&at)["charged_nano_usd"], 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_drain_does_not_let_end_is_free() {
+    let Shop { home, mut node, key, .. } = Shop::open();
+    let mut answer = node.ask(&key, "slowly <<slow:50>>", 400).await;
+    answer.begun().await;
+    node.signal(nix::sys::signal::Signal::SIGTERM);
+    let told = answer.rest().await;
+    assert!(told.error.expect("an error").to_string().contains("Nothing was charged"));
+    let begun = std::time::Instant::now();
+    while node.is_running() {
+        assert!(begun.elapsed() < crate::support::process::SOON, "it does not end");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let _node = home.start(&[]);
+    assert_eq!(home.assert_settled(&[])["charged_nano_usd"], 0);
 }

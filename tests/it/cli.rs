@@ -265,6 +265,8 @@ fn limits_and_prices_are_set_and_shown_with_where_they_come_from() {
     assert_eq!(list["prices"]["tzafon.sm-1"], json!({ "input": 400, "output": 600, "cached_input": 100 }));
     let later = ["--from", "2199-01-01T00:00:00Z", "--free", "tzafon.sm-1", "--price", "tzafon.sm-1=0/0"];
     desk.run(&[&["prices", "set", "--version", "gift"], later.as_slice()].concat());
+    // When everybody has heard of it.
+    std::thread::sleep(std::time::Duration::from_millis(1100));
     let rows = desk.run(&["prices", "list"]);
     let rows: Vec<(String, bool)> = rows
         .as_array()
@@ -355,4 +357,23 @@ async fn a_charge_is_given_back_once_in_parts_or_all_that_is_left() {
     let money = desk.home.assert_settled(&["--redis-url", &desk.redis.url]);
     assert_eq!(money["refunded_nano_usd"], charged);
     assert_eq!(desk.run(&["audit", "list"]).as_array().unwrap().last().unwrap()["action"], "bootstrap");
+}
+
+#[test]
+fn a_tenant_that_was_half_made_when_its_maker_died_is_listed_before_it_has_money() {
+    for (point, listed) in [("operator.tenant.opened", 0), ("operator.tenant.listed", 1)] {
+        let desk = Desk::new();
+        let ended = desk.home.armed(&desk.all(&["tenants", "create", "Half", "--balance", "10"]), point);
+        assert!(!ended.success(), "{point}");
+        let tenants = desk.run(&["tenants", "list"]);
+        assert_eq!(tenants.as_array().map(Vec::len), Some(listed), "{point}: {tenants}");
+        let tenant = text(&desk.run(&["audit", "list"])[0]["target"]);
+        if listed == 1 {
+            assert_eq!(desk.run(&["balance", "--tenant", &tenant])["balance_nano_usd"], 0);
+        } else {
+            assert!(desk.refused(&["keys", "create", "--tenant", &tenant]).contains("no tenant"));
+            assert!(desk.refused(&["credits", "grant", "--tenant", &tenant, "1"]).contains("no tenant"));
+        }
+        assert_eq!(desk.run(&["ledger", "verify"])["faults_total"], 0);
+    }
 }

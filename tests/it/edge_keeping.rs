@@ -73,7 +73,7 @@ async fn one_key_is_one_generation_whenever_it_is_asked_again() {
         assert_error(answer, 422, "idempotency_key_reused", Some("Idempotency-Key"), "another body").await;
         let mut raw = front.house.valkey.raw().await;
         let kept: Vec<String> = redis::cmd("KEYS").arg("lc:*:once:*").query_async(&mut raw).await.expect("KEYS");
-        assert_eq!(kept.len(), 2, "the question and its answer: {kept:?}");
+        assert_eq!(kept.len(), 3, "the question, its request and its answer: {kept:?}");
         for key in kept {
             let ttl: i64 = redis::cmd("PTTL").arg(&key).query_async(&mut raw).await.expect("PTTL");
             assert!((1..=86_400_000).contains(&ttl), "{key}: {ttl}");

@@ -32,6 +32,7 @@ mod receipts;
 mod store_accounts;
 mod store_archive;
 mod store_archive_reads;
+mod store_mishaps;
 mod store_model;
 mod store_money;
 mod store_outage;

@@ -141,7 +141,7 @@ fn the_program_believes_only_what_adds_up_and_says_why_not() {
     for (asked, expected) in [
         (vec!["verify", "-"], "name the operator's public key with --public-key"),
         (vec!["verify", "nowhere", "--public-key", &key], "nowhere: No such file"),
-        (vec!["verify", "-", "--public-key", "nowhere"], "nowhere: No such file"),
+        (vec!["verify", "-", "--public-key", "nowhere"], "`nowhere` is no file, and that is no public key"),
         (vec!["verify", "-", "--public-key", "/dev/null"], "/dev/null does not hold a key"),
     ] {
         let (code, shown, errors) = told(&tenant(folder.path(), &asked, &good));

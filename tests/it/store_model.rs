@@ -170,7 +170,8 @@ impl<'a> Case<'a> {
             ),
             Step::Extend { request, wanted } => {
                 let request = self.pick(&request);
-                let answer = ledger.extend(&tenant, &RequestId::from(request.as_str()), wanted).await;
+                let known = NanoUsd::new(self.twin.hold(&request).unwrap_or(0));
+                let answer = ledger.extend(&tenant, &RequestId::from(request.as_str()), wanted, known).await;
                 let found = match answer {
                     Ok(extended) => Outcome::Extended { tokens: extended.tokens, by: extended.limited_by },
                     Err(error) => fault(error),

@@ -43,7 +43,7 @@ async fn parallel_admissions_on_many_edges_admit_exactly_what_the_balance_covers
     allowed.sort_unstable();
     assert_eq!((allowed[0], allowed[1]), (9, 10));
     for refused in outcomes.iter().filter_map(|outcome| outcome.as_ref().err()) {
-        assert!(matches!(refused, AdmitError::InsufficientBalance { balance, needed }
+        assert!(matches!(refused, AdmitError::InsufficientBalance { balance, needed, .. }
             if *needed == nano(2_300) && *balance >= NanoUsd::ZERO && balance < needed));
     }
     let money = house.balance().await;
@@ -56,7 +56,7 @@ async fn a_refusal_costs_nothing_and_leaves_no_trace() {
     let house = House::with_balance(999).await;
     let before = house.balance().await;
     let refusal = house.admit(5, 0).await.unwrap_err();
-    assert!(matches!(refusal, AdmitError::InsufficientBalance { balance, needed }
+    assert!(matches!(refusal, AdmitError::InsufficientBalance { balance, needed, .. }
         if balance == nano(999) && needed == nano(1_000)));
     assert_eq!(house.balance().await, before);
     let entries = house.ledger.entries(&house.tenant, 0, 10).await.unwrap();

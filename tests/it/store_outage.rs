@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use lightcone::{
     admission::{Admission, AdmitError, AuthError},
-    ledger::{Ledger, LedgerError},
+    domain::NanoUsd,
+    ledger::{Ledger, LedgerError, ReleaseReason},
     queue::{Queue, QueueLimits},
     store::{Store, StoreError},
 };
@@ -131,20 +132,19 @@ async fn functions_that_were_lost_are_loaded_again_by_the_next_call() {
 }
 
 #[tokio::test]
-async fn a_store_out_of_memory_refuses_and_stays_sound() {
+async fn a_store_out_of_memory_refuses_what_is_new_and_ends_what_is_open() {
     let house = House::with_balance(1_000_000).await;
-    let admitted = house.admit(10, 10).await.unwrap();
+    let (admitted, released) = (house.admit(10, 10).await.unwrap(), house.admit(10, 10).await.unwrap());
     let mut raw = house.valkey.raw().await;
     redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg(1).exec_async(&mut raw).await.unwrap();
     let refused = house.admit(10, 10).await;
     assert!(matches!(refused, Err(AdmitError::Store(StoreError::Refused(_)))), "{refused:?}");
-    let refused = house.ledger.settle(&settlement(&admitted, 1)).await;
-    assert!(matches!(refused, Err(LedgerError::Store(StoreError::Refused(_)))), "{refused:?}");
-    // Owners could not renew either.
     assert_eq!(house.store.connected_for(), Duration::ZERO);
+    house.ledger.settle(&settlement(&admitted, 1)).await.unwrap();
+    house.ledger.release(&house.tenant, released.request(), ReleaseReason::Withdrawn).await.unwrap();
+    assert_eq!(house.balance().await.held, NanoUsd::ZERO);
     redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg(0).exec_async(&mut raw).await.unwrap();
     house.assert_balanced().await;
-    house.ledger.settle(&settlement(&admitted, 1)).await.unwrap();
 }
 
 #[tokio::test]

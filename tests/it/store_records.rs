@@ -22,9 +22,9 @@ async fn only_its_asker_renews_answers_and_frees_a_key() {
         Key::new(house.tenant.clone(), "k", "/chat/completions", body.as_bytes(), &request, &node)
     };
     let (late, same, other) = (key("a"), key("a"), key("b"));
-    assert_eq!(records.begin(&late).await.unwrap(), Once::First);
+    assert_eq!(records.begin(&late).await.unwrap(), Once::First(None));
     // Asked again by itself, because the answer to it was lost.
-    assert_eq!(records.begin(&late).await.unwrap(), Once::First);
+    assert_eq!(records.begin(&late).await.unwrap(), Once::First(None));
     assert_eq!(records.begin(&same).await.unwrap(), Once::Again);
     assert_eq!(records.begin(&other).await.unwrap(), Once::Other);
     // What is renewed stays; what is not lapses, and another may ask.
@@ -34,7 +34,8 @@ async fn only_its_asker_renews_answers_and_frees_a_key() {
     }
     assert_eq!(records.begin(&same).await.unwrap(), Once::Again);
     tokio::time::sleep(Duration::from_millis(120)).await;
-    assert_eq!(records.begin(&other).await.unwrap(), Once::First);
+    // And is told of whom nobody will ever have the answer.
+    assert!(matches!(records.begin(&other).await.unwrap(), Once::First(Some(_))));
     assert!(!records.renew(&late).await.unwrap());
     assert!(!records.answered(&late, &answer("late")).await.unwrap());
     records.forget(&late).await.unwrap();
@@ -46,6 +47,6 @@ async fn only_its_asker_renews_answers_and_frees_a_key() {
     tokio::time::sleep(Duration::from_millis(120)).await;
     assert_eq!(records.begin(&late).await.unwrap(), Once::Other);
     records.forget(&other).await.unwrap();
-    assert_eq!(records.begin(&late).await.unwrap(), Once::First);
+    assert!(matches!(records.begin(&late).await.unwrap(), Once::First(Some(_))));
     assert_eq!(records.answer(&late).await.unwrap(), None);
 }

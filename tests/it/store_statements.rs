@@ -28,7 +28,7 @@ async fn three_months() -> (House, [Month; 3]) {
     let early = |offset: u64| months[0].begins_unix_ms() + offset;
 
     let first = house.admit(10, 10).await.unwrap();
-    ledger.extend(tenant, first.request(), 5).await.unwrap();
+    ledger.extend(tenant, first.request(), 5, first.hold()).await.unwrap();
     ledger.settle(&settlement(&first, 12)).await.unwrap();
     let second = house.admit(20, 10).await.unwrap();
     let mut bill = settlement(&second, 1);

@@ -2,7 +2,7 @@
 
 use lightcone::{
     domain::NanoUsd,
-    ledger::{ReleaseReason, Report},
+    ledger::{Refund, ReleaseReason, Report},
     store::keys,
 };
 
@@ -52,6 +52,45 @@ async fn verify_detects_a_changed_account() {
         assert!(!found.is_balanced() && found.faults[0].contains(field), "{field}: {found:#?}");
         assert_eq!(found.imbalance_nano_usd, imbalance, "{field}");
     }
+}
+
+#[tokio::test]
+async fn verify_detects_what_was_changed_of_an_open_request_and_of_what_may_be_given_back() {
+    let house = furnished().await;
+    let (ledger, tenant) = (&house.ledger, &house.tenant);
+    let charged = house.admit(10, 10).await.unwrap();
+    ledger.settle(&settlement(&charged, 4)).await.unwrap();
+    let (request, amount) = (charged.request().clone(), NanoUsd::new(100));
+    let refund = Refund { request, amount, reference: "some".to_owned(), note: String::new() };
+    ledger.refund(tenant, &refund).await.unwrap();
+    house.assert_balanced().await;
+    let mut raw = house.valkey.raw().await;
+    let terms: Vec<(String, String)> =
+        redis::cmd("HGETALL").arg(keys::hold_terms(tenant)).query_async(&mut raw).await.unwrap();
+    let [(open, terms)] = &terms[..] else { panic!("{terms:?}") };
+    // Key, model, three prices, version, day.
+    for at in 0..7 {
+        let mut changed: Vec<String> = terms.split('\x1f').map(str::to_owned).collect();
+        changed[at] += "1";
+        let place = keys::hold_terms(tenant);
+        let set = async |raw: &mut _, text: &str| {
+            redis::cmd("HSET").arg(&place).arg(open).arg(text).exec_async(raw).await.unwrap();
+        };
+        set(&mut raw, &changed.join("\x1f")).await;
+        assert_eq!(report(&house).await.faults_total, 1, "{changed:?}");
+        set(&mut raw, terms).await;
+    }
+    house.assert_balanced().await;
+    let left = format!("refundable {}", charged.request());
+    let ended = keys::ended(tenant);
+    redis::cmd("HINCRBY").arg(&ended).arg(&left).arg(1000).exec_async(&mut raw).await.unwrap();
+    assert_eq!(report(&house).await.faults_total, 1);
+    redis::cmd("HINCRBY").arg(&ended).arg(&left).arg(-1000).exec_async(&mut raw).await.unwrap();
+    redis::cmd("ZADD").arg(keys::hold_leases(tenant)).arg(1).arg("nobody").exec_async(&mut raw).await.unwrap();
+    assert_eq!(report(&house).await.faults_total, 1);
+    redis::cmd("ZREM").arg(keys::hold_leases(tenant)).arg("nobody").exec_async(&mut raw).await.unwrap();
+    account_add(&house, "at", 864_000_000).await;
+    assert_eq!(report(&house).await.faults_total, 1);
 }
 
 #[tokio::test]
@@ -167,9 +206,9 @@ async fn verify_reads_ledgers_longer_than_one_page() {
 #[tokio::test]
 async fn the_imbalance_of_the_accounts_is_zero_until_somebody_changes_one() {
     let house = furnished().await;
-    assert_eq!(house.ledger.imbalance().await.unwrap().nano(), 0);
+    assert_eq!(house.ledger.imbalance().await.unwrap(), (NanoUsd::ZERO, 0));
     account_add(&house, "balance", -70).await;
-    assert_eq!(house.ledger.imbalance().await.unwrap().nano(), 70);
+    assert_eq!(house.ledger.imbalance().await.unwrap(), (NanoUsd::new(70), 0));
     account_add(&house, "balance", 100).await;
-    assert_eq!(house.ledger.imbalance().await.unwrap().nano(), 30);
+    assert_eq!(house.ledger.imbalance().await.unwrap(), (NanoUsd::new(30), 0));
 }

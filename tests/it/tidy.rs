@@ -29,7 +29,7 @@ const ARROWS: [(&str, &str); 24] = [
     ),
     ("edge", "config operator prompt admission queue records ledger webhooks store telemetry model domain"),
     ("cluster", "config prompt queue engine grammar ledger journal store telemetry model domain"),
-    ("operator", "config admission ledger webhooks store domain"),
+    ("operator", "config admission ledger webhooks store fault domain"),
     ("prompt", "grammar model telemetry domain"),
     ("admission", "store telemetry fault domain"),
     ("queue", "store telemetry fault domain"),

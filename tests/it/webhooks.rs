@@ -190,15 +190,16 @@ async fn an_empty_balance_is_told_once_until_more_is_granted() {
     assert_eq!(site.kinds_told().await, ["balance.exhausted"; 1], "the step of ten tokens was cut to six");
     for _ in 0..3 {
         assert!(matches!(ask(10, 10).await, Err(AdmitError::InsufficientBalance { .. })));
-        let more = ledger.extend(tenant, first.request(), 10).await.unwrap();
+        let more = ledger.extend(tenant, first.request(), 10, first.hold()).await.unwrap();
         assert_eq!(more.tokens, 0);
     }
     assert_eq!(site.kinds_told().await, ["balance.exhausted"; 1]);
     accounts.grant(tenant, NanoUsd::new(3_000), "more", "").await.unwrap();
-    assert_eq!(ledger.extend(tenant, first.request(), 10).await.unwrap().tokens, 10);
+    assert_eq!(ledger.extend(tenant, first.request(), 10, first.hold()).await.unwrap().tokens, 10);
+    let held = ledger.balance(tenant).await.unwrap().held;
     assert_eq!(site.kinds_told().await, ["balance.exhausted"; 1]);
     // Cut while it decodes, not refused.
-    assert_eq!(ledger.extend(tenant, first.request(), 10).await.unwrap().tokens, 0);
+    assert_eq!(ledger.extend(tenant, first.request(), 10, held).await.unwrap().tokens, 0);
     assert_eq!(site.kinds_told().await, ["balance.exhausted"; 2]);
 }
 
@@ -239,7 +240,7 @@ async fn a_limit_of_a_day_is_told_once_for_each_party_and_again_when_it_was_chan
     assert_eq!((refused().await["id"].as_str(), refused().await["id"].as_str()), (Some("4"), Some("4")));
     // An open request that may not grow any more.
     limits(&[(LimitKind::SpendPerMonth, None), (LimitKind::SpendPerDay, Some(5_300))]).await;
-    assert_eq!(site.house.ledger.extend(tenant, open.request(), 5).await.unwrap().tokens, 1);
+    assert_eq!(site.house.ledger.extend(tenant, open.request(), 5, open.hold()).await.unwrap().tokens, 1);
     assert_eq!(site.outbox().await.last().unwrap()["limit"], "spend_per_day");
     limits(&[(LimitKind::SpendPerDay, None)]).await;
     let of_key = KeyChanges { limits: vec![(LimitKind::RequestsPerDay, Some(1))], ..KeyChanges::default() };
@@ -481,6 +482,11 @@ async fn a_new_secret_signs_at_once_and_the_one_before_signs_as_well_for_a_while
     let _dispatcher = site.dispatcher(settings());
     let arrival = &receiver.wait_for(1).await[0];
     assert!(arrival.is_signed_with(&fresh) && arrival.is_signed_with(&site.secret));
+    // And so is a test.
+    let postman = Postman::new(true, Duration::from_secs(5));
+    site.house.accounts.webhooks().test(&site.house.tenant, &postman).await.unwrap();
+    let test = &receiver.wait_for(2).await[1];
+    assert!(test.is_signed_with(&fresh) && test.is_signed_with(&site.secret));
 }
 
 #[tokio::test]

@@ -71,6 +71,14 @@ impl Home {
         Self { folder }
     }
 
+    /// Changes the configuration of nodes that start from now on.
+    pub fn configure(&self, what: &str, into: &str) {
+        let path = self.folder.path().join("config.toml");
+        let text = std::fs::read_to_string(&path).expect("a file");
+        assert!(text.contains(what), "{what}");
+        std::fs::write(path, text.replace(what, into)).expect("a file");
+    }
+
     pub fn data_dir(&self) -> PathBuf {
         self.folder.path().join("data")
     }
@@ -110,6 +118,11 @@ impl Home {
         let errors = String::from_utf8(output.stderr).expect("UTF-8");
         assert!(!output.status.success() && output.stdout.is_empty(), "{arguments:?}: {errors}");
         (output.status.code().expect("an exit"), errors)
+    }
+
+    /// Runs a command that something happens to at a point in its code; see `lightcone::fault`.
+    pub fn armed(&self, arguments: &[&str], fault: &str) -> std::process::ExitStatus {
+        self.command(arguments).env("LIGHTCONE_FAULT", fault).output().expect("the program runs").status
     }
 
     /// Runs one that must fail; answers all that it said.

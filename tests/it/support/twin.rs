@@ -16,8 +16,6 @@ const EXACT_MAX: i128 = 9_000_000_000_000_000;
 const LATE_DAYS: i64 = 30;
 const MOST: i128 = i64::MAX as i128;
 const LEAST: i128 = i64::MIN as i128;
-/// Lapsed holds that a crowded admission sweeps by itself.
-const SWEPT_AT_ADMISSION: usize = 16;
 
 pub type Limits = BTreeMap<LimitKind, u64>;
 
@@ -272,9 +270,6 @@ impl Twin {
         if fixed + i128::from(wanted) * output > EXACT_MAX {
             return Outcome::Overflow;
         }
-        if self.crowded(terms.key, &tier).is_some() {
-            self.sweep(SWEPT_AT_ADMISSION);
-        }
         let tokens = i128::from(*prompt) + i128::from(*output_max);
         let mut windows = self.windows(terms.key, &tier, tokens);
         let rates = tightest(&windows);
@@ -314,6 +309,11 @@ impl Twin {
         self.wrote(1);
         windows.iter_mut().for_each(|window| window.used += window.amount);
         Outcome::Admitted { hold: amount, tokens: paid as u32, rates: tightest(&windows) }
+    }
+
+    /// What is set aside for an open request.
+    pub fn hold(&self, request: &str) -> Option<i64> {
+        self.holds.get(request).map(|hold| i64::try_from(hold.amount).expect("an amount"))
     }
 
     pub fn extend(&mut self, request: &str, wanted: u32) -> Outcome {
@@ -583,7 +583,8 @@ impl Twin {
 /// Of so many tokens, as many as both the room and the balance pay for beside what is fixed; fewer than none where
 /// they do not even pay for that. Then what was in the way: the balance only where it leaves less.
 fn affordable(wanted: i128, fixed: i128, price: i128, room: Option<i128>, available: i128) -> (i128, Option<FundsEnd>) {
-    let most = |money: i128| match fixed + wanted * price <= money {
+    let cost = fixed + wanted * price;
+    let most = |money: i128| match cost <= money || cost == 0 {
         true => None,
         false if price > 0 => Some((money - fixed).div_euclid(price)),
         false => Some(-1),
