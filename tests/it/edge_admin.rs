@@ -13,6 +13,9 @@ use crate::support::{
     process::{Home, Redis},
 };
 
+/// What a tenant may begin with, or owe.
+const FUNDS_MAX: i64 = i64::MAX / 2;
+
 /// An edge, and a key of its operator.
 struct Office {
     front: Front,
@@ -158,12 +161,19 @@ async fn every_fault_of_an_operators_request_is_named_and_changes_nothing() {
     let (one, its_key) = (format!("tenants/{tenant}"), format!("keys/{key}"));
     let (keys, credits) = (format!("{one}/keys"), format!("{one}/credits"));
     // What is refused in the end has changed nothing in the beginning, and names a field that was written.
-    let too_much = json!({ "credit_nano_usd": i64::MAX, "low_balance_nano_usd": 7 });
-    office.refused(&one, too_much, 400, "invalid_value", Some("credit_nano_usd")).await;
+    let rich = office.post("tenants", json!({ "name": "rich", "balance_nano_usd": FUNDS_MAX }), "AdminTenant").await;
+    let rich = format!("tenants/{}", rich["id"].as_str().expect("an id"));
+    let two = json!({ "kind": "grant", "amount_nano_usd": 2, "reference": "r" });
+    office.post(&format!("{rich}/credits"), two, "AdminCredit").await;
+    let too_much = json!({ "credit_nano_usd": FUNDS_MAX, "low_balance_nano_usd": 7 });
+    office.refused(&rich, too_much, 409, "amount_overflow", None).await;
+    assert_eq!(office.get(&rich, "AdminTenant").await["low_balance_nano_usd"], json!(null));
+    let beyond = json!({ "credit_nano_usd": FUNDS_MAX + 1, "low_balance_nano_usd": 7 });
+    office.refused(&one, beyond, 400, "out_of_range", Some("credit_nano_usd")).await;
     assert_eq!(office.get(&one, "AdminTenant").await["low_balance_nano_usd"], json!(null));
     let tenants = office.get("tenants", "AdminTenantList").await;
-    let too_rich = json!({ "name": "x", "balance_nano_usd": i64::MAX, "credit_nano_usd": 1 });
-    office.refused("tenants", too_rich, 400, "invalid_value", Some("credit_nano_usd")).await;
+    let too_rich = json!({ "name": "x", "balance_nano_usd": FUNDS_MAX + 1, "credit_nano_usd": 1 });
+    office.refused("tenants", too_rich, 400, "out_of_range", Some("balance_nano_usd")).await;
     assert_eq!(office.get("tenants", "AdminTenantList").await, tenants);
     let before = office.get("audit", "AdminAudit").await;
     let long = "x".repeat(129);
@@ -295,7 +305,7 @@ async fn money_moves_once_for_each_reference_and_the_ledger_tells_it() {
     let other = json!({ "kind": "grant", "amount_nano_usd": 501, "reference": "invoice é", "note": "paid" });
     office.refused(&credits, other, 409, "reference_reused", Some("reference")).await;
     let too_much = json!({ "kind": "grant", "amount_nano_usd": i64::MAX, "reference": "r1" });
-    office.refused(&credits, too_much, 400, "amount_overflow", Some("amount_nano_usd")).await;
+    office.refused(&credits, too_much, 409, "amount_overflow", None).await;
     let down = json!({ "kind": "adjust", "amount_nano_usd": -1_000_000_501, "reference": "r2" });
     office.refused(&credits, down, 409, "insufficient_balance", Some("amount_nano_usd")).await;
     let adjusted = json!({ "kind": "adjust", "amount_nano_usd": -1, "reference": "r2" });

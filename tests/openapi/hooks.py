@@ -27,10 +27,9 @@ UNSAID = [
     ("invalid_value", r"messages"),
     # A header that goes with another, and a key that was used before.
     ("missing_required_parameter|idempotency_key_reused", r"Idempotency-Key"),
-    # An operator's: times that have passed, ids of a page that are none, prices that must be meant, sums beyond 64 bits,
+    # An operator's: times that have passed, ids of a page that are none, prices that must be meant,
     # addresses that nothing is sent to, events that are not among the dead letters.
     ("invalid_value", r"(expires|from)_unix_ms|after|before|prices\..*|url|id"),
-    ("amount_overflow", r"amount_nano_usd"),
     # To a schema 2.0 is whole; money must be written without a fraction.
     ("invalid_type", r".*_nano_usd"),
     # An event that is not there to go on behind.

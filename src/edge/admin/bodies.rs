@@ -23,6 +23,8 @@ use crate::{
 
 /// Of a price of one token, in nano-dollars: a thousand dollars.
 pub const PRICE_MAX: i64 = 1_000_000_000_000;
+/// What a tenant begins with and how far it may owe: together they are an amount.
+pub const FUNDS_MAX: i64 = i64::MAX / 2;
 /// Where nothing is said.
 pub const GRACE_SECONDS: u64 = 86_400;
 
@@ -42,8 +44,8 @@ pub fn tenant(fields: &Fields<'_>, tiers: &Tiers) -> Result<TenantWish, ApiError
     let name = fields.text("name", NAME_CHARACTERS_MAX)?;
     Ok(TenantWish {
         name: fields.required("name", name)?.to_owned(),
-        balance: fields.amount("balance_nano_usd", 0..=i64::MAX)?.unwrap_or_default(),
-        credit: fields.amount("credit_nano_usd", 0..=i64::MAX)?.unwrap_or_default(),
+        balance: fields.amount("balance_nano_usd", 0..=FUNDS_MAX)?.unwrap_or_default(),
+        credit: fields.amount("credit_nano_usd", 0..=FUNDS_MAX)?.unwrap_or_default(),
         tier: tier(fields, tiers)?,
         low_balance: fields.amount("low_balance_nano_usd", 0..=i64::MAX)?,
         limits: limits(fields)?.into_iter().filter_map(|(kind, limit)| Some((kind, limit?))).collect(),
@@ -58,7 +60,7 @@ pub fn tenant_changes(fields: &Fields<'_>, tiers: &Tiers) -> Result<(TenantChang
     let status = TenantStatus::ALL.into_iter().find(|known| Some(known.as_str()) == status);
     let tier = tier(fields, tiers)?;
     let low_balance = fields.amount("low_balance_nano_usd", 0..=i64::MAX)?;
-    let credit = fields.amount("credit_nano_usd", 0..=i64::MAX)?.unwrap_or_default();
+    let credit = fields.amount("credit_nano_usd", 0..=FUNDS_MAX)?.unwrap_or_default();
     let changes = TenantChanges {
         status,
         tier: is_written(fields, "tier").then_some(tier),

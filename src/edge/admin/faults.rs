@@ -54,7 +54,8 @@ fn of(error: OperatorError) -> ApiError {
         },
         OperatorError::Ledger(error) => match error {
             LedgerError::BadAmount(_) => field("out_of_range", "amount_nano_usd"),
-            LedgerError::Money(_) => field("amount_overflow", "amount_nano_usd"),
+            // It is what the tenant has already that leaves no room for it.
+            LedgerError::Money(_) => ApiError::conflict("amount_overflow", None, why),
             LedgerError::BadText => field("invalid_value", "reference"),
             LedgerError::OtherReference(_) => ApiError::conflict("reference_reused", Some("reference"), why),
             LedgerError::Insufficient { .. } => {

@@ -71,8 +71,8 @@ fn credit(limits: &Limits) -> Value {
 fn field(name: &str, limits: &Limits) -> Value {
     match name {
         "name" | "label" => text(NAME_CHARACTERS_MAX),
-        "balance_nano_usd" => described(amount(0, i64::MAX), "Prepaid, in nano-dollars."),
-        "credit_nano_usd" => described(amount(0, i64::MAX), "How far below zero the balance may go."),
+        "balance_nano_usd" => described(amount(0, bodies::FUNDS_MAX), "Prepaid, in nano-dollars."),
+        "credit_nano_usd" => described(amount(0, bodies::FUNDS_MAX), "How far below zero the balance may go."),
         "low_balance_nano_usd" => described(
             amount(0, i64::MAX),
             "The tenant is told when less is left, what is on hold included; null for never.",

@@ -1,12 +1,7 @@
 use actix_web::{HttpResponse, web};
 
 use super::{Desk, List, Sorted, Wanted, answer, bodies, faults};
-use crate::{
-    domain::TenantId,
-    edge::error::ApiError,
-    ledger::LedgerError,
-    operator::{OperatorError, TenantStatus},
-};
+use crate::{domain::TenantId, edge::error::ApiError, operator::TenantStatus};
 
 pub async fn list_tenants(desk: Desk) -> Result<HttpResponse, ApiError> {
     let wanted = Wanted::read(&desk.http)?;
@@ -40,17 +35,9 @@ pub async fn change_tenant(desk: Desk, payload: web::Payload, id: web::Path<Stri
     let changing = async move {
         // What may be refused comes first, so that a refusal has changed nothing.
         if let Some(credit) = credit {
-            accounts.set_credit(&id, credit, "").await.map_err(of_credit)?;
+            accounts.set_credit(&id, credit, "").await?;
         }
         accounts.change_tenant(&id, &changes).await
     };
     Ok(answer(&Sorted::tenant(desk.change(changing).await?)))
-}
-
-/// Names the field that the body has.
-fn of_credit(error: OperatorError) -> OperatorError {
-    match error {
-        OperatorError::Ledger(LedgerError::Money(error)) => OperatorError::wish("credit_nano_usd", error.to_string()),
-        error => error,
-    }
 }
