@@ -14,7 +14,7 @@ use std::{
 use lightcone::{
     domain::{ModelId, Priority, RequestId, SamplingParams, Stops, Telling},
     engine::{
-        self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec, Speculation,
+        self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec, Resumed, Speculation,
         onnx::{OnnxRuntime, RuntimeOptions},
     },
     grammar::Grammars,
@@ -115,6 +115,7 @@ impl Bench {
             request: RequestId::from(id),
             choice: 0,
             prompt: self.tokenizer.encode(&prompt, true)?,
+            resumed: Resumed::default(),
             output_tokens_max,
             sampling: SamplingParams { temperature: 0.0, seed: 1, ..SamplingParams::default() },
             stops: Stops { ignore_eos: true, ..Stops::default() },
@@ -320,9 +321,9 @@ impl Running {
                 let heard = all.entry(event.request.to_string()).or_default();
                 match event.body {
                     EngineEventBody::Prompt { .. } | EngineEventBody::NeedsTokens { .. } => {}
-                    EngineEventBody::Delta { tokens, .. } => {
+                    EngineEventBody::Delta { ids, .. } => {
                         heard.at.push(now);
-                        heard.tokens += tokens;
+                        heard.tokens += ids.len() as u32;
                     }
                     EngineEventBody::Finished { .. } => heard.ended = true,
                     EngineEventBody::Failed { message } => return Err(message.into()),

@@ -153,6 +153,7 @@ async fn pair(admission: &Admission, ledger: &Ledger, principal: &Principal) {
         price_version: "2026-11".to_owned(),
         reason: EndReason::Stop,
         digest: Some([7; 32]),
+        attempt: 1,
     };
     ledger.settle(&settlement).await.expect("settled");
 }

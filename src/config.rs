@@ -113,6 +113,8 @@ pub enum AppendFsync {
 pub struct Queue {
     pub depth_max: usize,
     pub claim_lease_ms: u64,
+    pub takeover_ms_max: u64,
+    pub losses_max: u32,
     pub wait_ms_max: u64,
 }
 

@@ -26,7 +26,7 @@ pub use wait::shutdown_signal;
 
 use crate::{
     admission::{Admission, Guard, GuardLimits, LimitKind, Limits, Tier, Tiers},
-    cluster::{self, ArchivePlan, Cluster, ClusterContext, ClusterError, PoolStatus, RecoveryError, Upkeep},
+    cluster::{self, ArchivePlan, Cluster, ClusterContext, ClusterError, Others, PoolStatus, RecoveryError, Upkeep},
     config::{self, AppendFsync, Config, PriceFault, Role, ServiceTier},
     domain::{ModelId, NanoUsd, NodeId, Priority},
     edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
@@ -163,13 +163,20 @@ impl Node {
         let node = NodeId::generate();
         let metrics = Arc::new(Metrics::new());
         let claim_lease = Duration::from_millis(config.queue.claim_lease_ms);
-        let queue = Queue::new(store.clone(), QueueLimits { depth_max: config.queue.depth_max, claim_lease });
+        let limits = QueueLimits {
+            depth_max: config.queue.depth_max,
+            claim_lease,
+            takeover_max: Duration::from_millis(config.queue.takeover_ms_max),
+            losses_max: config.queue.losses_max,
+        };
+        let queue = Queue::new(store.clone(), limits);
         let journals = config.node.data_dir.join(JOURNALS);
         let journal = match role {
             Role::Edge => None,
             Role::All | Role::Worker => {
                 // Before anything is given up as left over.
-                cluster::settle_left_over(&journals, &queue, &ledger, &metrics).await?;
+                let others = if embedded.is_some() { Others::AreDead } else { Others::MayGoOn };
+                cluster::settle_left_over(&journals, others, &queue, &ledger, &metrics).await?;
                 Some(Arc::new(Journal::open(&journals, &node)?))
             }
         };

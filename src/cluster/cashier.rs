@@ -13,18 +13,21 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     confirm::Confirmations,
     duties::unix_ms,
-    flights::{Flights, Landing, Outcome},
+    flights::{Allowed, Flights, Landing, Outcome},
+    station::{Station, WORKER_LOST},
 };
 use crate::{
-    domain::{Claim, EventBody, FailureCode, FinishReason, FundsEnd, RequestId, TokenEvent, Usage},
+    domain::{Claim, EventBody, FailureCode, FinishReason, FundsEnd, Job, NanoUsd, RequestId, TokenEvent, Usage},
     journal::{Ended, Journal},
-    ledger::{EndReason, Extended, Ledger, LedgerError, ReleaseReason, Settled, Settlement},
-    queue::{Outgoing, Outlet, Queue},
+    ledger::{EndReason, Extended, Ledger, LedgerError, ReleaseReason, Settled, Settlement, TakenOver},
+    queue::{GivenUp, Outgoing, Outlet, Queue},
     telemetry::Metrics,
 };
 
 /// A store that was lost holds back what it had answered for about so long before.
 const GAP_MARGIN: Duration = Duration::from_secs(3);
+/// Longer, nobody waits for a note.
+const NOTE_MAX: Duration = Duration::from_millis(500);
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// A store that is away for longer has let every hold expire.
@@ -112,6 +115,91 @@ impl Cashier {
         flights.holds(&job.request).then_some(Extended { tokens: 0, limited_by: Some(FundsEnd::Balance) })
     }
 
+    /// Runs what the end of requests does not wait for, but a drain does.
+    pub fn background(&self, work: impl Future<Output = ()> + Send + 'static) {
+        let give_up = self.give_up.clone();
+        self.tasks.spawn(async move {
+            let _ = give_up.run_until_cancelled(work).await;
+        });
+    }
+
+    /// Notes in the queue what is tried out, if that can be done at once.
+    pub async fn note_trial(&self, station: &Station, request: Option<&RequestId>) {
+        match timeout(NOTE_MAX, self.queue.try_out(&station.model, &station.node, request)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(model = %station.model, %error, "cannot note what is tried out"),
+            Err(_) => tracing::warn!(model = %station.model, "cannot note in time what is tried out"),
+        }
+    }
+
+    /// Makes this node the only one that may settle a request which others had begun, then asks its edge where to go on.
+    pub fn take_over(&self, station: Arc<Station>, claim: Arc<Claim>) {
+        let this = self.clone();
+        self.metrics.takeovers.with_label_values(&[claim.job.model.as_str()]).inc();
+        self.tasks.spawn(async move {
+            let taking = this.taken_over(&station, &claim);
+            let _ = this.give_up.run_until_cancelled(taking).await;
+        });
+    }
+
+    async fn taken_over(&self, station: &Arc<Station>, claim: &Arc<Claim>) {
+        let (job, flights) = (&claim.job, &station.flights);
+        let mut tries = Tries::new();
+        while flights.attempt(&job.request) == Some(claim.attempt) {
+            let allowed = match self.ledger.take_over(&job.tenant, &job.request, claim.attempt).await {
+                Ok(TakenOver::Held(hold)) => Allowed { tokens: tokens_of(job, hold), is_all: false },
+                // Decoded once more, for a client that has not heard of all that is paid for.
+                Ok(TakenOver::Settled { completion_tokens }) => Allowed { tokens: completion_tokens, is_all: true },
+                Ok(TakenOver::Unheld) => {
+                    tracing::warn!(request = %job.request, "the store had lost a hold; the balance will be charged");
+                    Allowed { tokens: job.output_tokens_max.saturating_mul(job.choices), is_all: true }
+                }
+                Ok(TakenOver::Ended) => {
+                    let (code, message) = (FailureCode::WorkerFailed, WORKER_LOST.to_owned());
+                    return station.end(&job.request, Outcome::Failed { code, message });
+                }
+                Err(LedgerError::Superseded(_)) => return station.lose(&job.request),
+                Err(LedgerError::Store(error)) if error.is_transient() => {
+                    if tries.again(&error).await {
+                        continue;
+                    }
+                    return station.lose(&job.request);
+                }
+                Err(error) => {
+                    tracing::error!(request = %job.request, %error, "a request cannot be taken over");
+                    let (code, message) = (FailureCode::WorkerFailed, WORKER_LOST.to_owned());
+                    return station.end(&job.request, Outcome::Failed { code, message });
+                }
+            };
+            if flights.allow(&job.request, allowed) {
+                station.ask_for_told(claim);
+            }
+            return;
+        }
+    }
+
+    /// Leaves requests to others, then forgets them here.
+    pub fn give_up(&self, station: Arc<Station>, claims: Vec<Arc<Claim>>, how: GivenUp) {
+        let this = self.clone();
+        self.tasks.spawn(async move {
+            let names: Vec<_> = claims.iter().map(|claim| (claim.job.request.clone(), claim.attempt)).collect();
+            let mut tries = Tries::new();
+            let giving = async {
+                while let Err(error) = this.queue.give_up(&station.model, &station.node, &how, &names).await {
+                    if !error.is_transient() || !tries.again(&error).await {
+                        tracing::warn!(model = %station.model, %error, "cannot give claims up; they will run out");
+                        break;
+                    }
+                }
+            };
+            let _ = this.give_up.run_until_cancelled(giving).await;
+            // What a node that goes away has begun is looked at by the next process on this machine.
+            if how != GivenUp::HandedOver {
+                claims.iter().for_each(|claim| this.close_in_journal(claim));
+            }
+        });
+    }
+
     /// Ends requests in the background.
     pub fn land(&self, landings: Vec<Landing>, flights: &Arc<Flights>) {
         for landing in landings {
@@ -129,7 +217,7 @@ impl Cashier {
 
     /// Ends a request whose worker or deadline is gone, found by the sweeper.
     pub fn bury(&self, claim: Claim) {
-        let this = self.clone();
+        let (this, losses_max) = (self.clone(), self.queue.losses_max());
         self.tasks.spawn(async move {
             let claim = Arc::new(claim);
             let (code, message, why) = match claim.attempt {
@@ -137,6 +225,11 @@ impl Cashier {
                     FailureCode::DeadlineExceeded,
                     "no worker could take the request in time",
                     ReleaseReason::DeadlineExceeded,
+                ),
+                _ if claim.losses >= losses_max => (
+                    FailureCode::AttemptsExhausted,
+                    "every worker that had the request was lost",
+                    ReleaseReason::AttemptsExhausted,
                 ),
                 _ => (FailureCode::WorkerLost, "the worker that had the request is gone", ReleaseReason::WorkerLost),
             };
@@ -161,8 +254,16 @@ impl Cashier {
         match outcome {
             Outcome::Finished { reason, funds, usage, digest } => {
                 let settlement = settlement(&claim, EndReason::of(reason, funds), usage, digest);
-                if let Some(last) = self.settle(&claim, reason, &settlement, flights).await {
-                    self.send(&claim, seq, last);
+                let Some(last) = self.settle(&claim, reason, &settlement, flights).await else { return };
+                // Until its edge has the end, the request is there to be taken over: what was charged is delivered.
+                let heard = flights.until_heard(&claim.job.request);
+                self.send(&claim, seq, last);
+                if let Some(heard) = heard {
+                    let _ = heard.await;
+                }
+                // One that was lost meanwhile is another's to acknowledge.
+                if flights.holds(&claim.job.request) {
+                    self.acknowledge(&claim, usage.completion_tokens).await;
                 }
             }
             Outcome::Withdrawn => {
@@ -179,6 +280,7 @@ impl Cashier {
                 let why = match code {
                     FailureCode::Draining => ReleaseReason::Draining,
                     FailureCode::DeadlineExceeded => ReleaseReason::DeadlineExceeded,
+                    FailureCode::AttemptsExhausted => ReleaseReason::AttemptsExhausted,
                     FailureCode::WorkerFailed | FailureCode::WorkerLost | FailureCode::SlowConsumer => {
                         ReleaseReason::WorkerFailed
                     }
@@ -229,14 +331,18 @@ impl Cashier {
                         let nano = u64::try_from(settled.amount.nano()).unwrap_or_default();
                         self.metrics.spend_nano_usd.with_label_values(&model).inc_by(nano);
                     }
-                    self.acknowledge(claim, usage.completion_tokens).await;
                     return Some(EventBody::Finished { reason, usage });
                 }
                 Err(LedgerError::HoldGone(_) | LedgerError::Unknown(_)) => {
                     tracing::warn!(request = %job.request, "the hold was gone before it was settled; free of charge");
                     self.close_in_journal(claim);
-                    self.acknowledge(claim, usage.completion_tokens).await;
                     return free("the request could not be settled and was not charged");
+                }
+                Err(LedgerError::Superseded(_)) => {
+                    tracing::warn!(request = %job.request, "another worker has a request of ours; it is not settled here");
+                    flights.lose(&job.request);
+                    self.close_in_journal(claim);
+                    return None;
                 }
                 Err(LedgerError::Store(error)) if error.is_transient() => {
                     if !tries.again(&error).await {
@@ -248,7 +354,6 @@ impl Cashier {
                     tracing::error!(request = %job.request, %error, ?usage, "cannot settle");
                     self.close_in_journal(claim);
                     self.release(claim, ReleaseReason::WorkerFailed).await;
-                    self.acknowledge(claim, usage.completion_tokens).await;
                     return free("the request could not be settled and was not charged");
                 }
             }
@@ -281,7 +386,8 @@ impl Cashier {
         }
         let renewal = [(request.clone(), claim.attempt)];
         match self.queue.renew(&claim.job.model, &claim.owner, &renewal).await {
-            Ok(lost) if lost.is_empty() => true,
+            // What the store has lost is still this node's, as long as nobody has taken it over: the ledger knows.
+            Ok(renewed) if renewed.lost.is_empty() => true,
             Ok(_) => {
                 flights.lose(request);
                 false
@@ -342,8 +448,18 @@ impl Cashier {
     }
 
     fn send(&self, claim: &Arc<Claim>, seq: u32, body: EventBody) {
-        let event = TokenEvent { request: claim.job.request.clone(), seq, body };
+        let event = TokenEvent { request: claim.job.request.clone(), attempt: claim.attempt, seq, body };
         self.outlet.send(vec![Outgoing { claim: Arc::clone(claim), event }]);
+    }
+}
+
+/// Output tokens that a hold pays for.
+fn tokens_of(job: &Job, hold: NanoUsd) -> u32 {
+    let most = job.output_tokens_max.saturating_mul(job.choices);
+    let of_prompt = job.price.input.nano().saturating_mul(job.prompt.len() as i64);
+    match job.price.output.nano() {
+        0 => most,
+        price => u32::try_from(hold.nano().saturating_sub(of_prompt) / price).unwrap_or(0).min(most),
     }
 }
 
@@ -359,6 +475,7 @@ fn settlement(claim: &Claim, reason: EndReason, usage: Usage, digest: Option<[u8
         price_version: job.price_version.clone(),
         reason,
         digest,
+        attempt: claim.attempt,
     }
 }
 

@@ -13,7 +13,7 @@ use super::{cashier::Cashier, station::Station};
 use crate::{
     domain::{ModelId, RequestId},
     ledger::Ledger,
-    queue::{Order, Orders, Queue},
+    queue::{Feedback, GivenUp, Order, Orders, Queue, Renewed},
     telemetry::Metrics,
 };
 
@@ -45,17 +45,14 @@ pub async fn claim(station: Arc<Station>, queue: Queue, metrics: Arc<Metrics>, s
         // Asked for before the look, so that room made in between is not missed.
         let changed = station.flights.changed.notified();
         let room = station.room();
-        let claimed = match room {
-            0 => Ok(Vec::new()),
-            _ => queue.claim(&station.model, &station.node, room).await,
-        };
+        let claimed = queue.claim(&station.model, &station.node, room).await;
         match claimed {
             Ok(claims) if claims.is_empty() => {
                 away = false;
                 tokio::select! {
                     () = wakeups.changed() => {}
                     // A change makes room only where there was none.
-                    () = changed, if room == 0 => {}
+                    () = changed, if room.to_begin == 0 => {}
                     () = sleep(POLL) => {}
                     () = stop.cancelled() => {}
                 }
@@ -70,7 +67,9 @@ pub async fn claim(station: Arc<Station>, queue: Queue, metrics: Arc<Metrics>, s
                 if let Err(claims) = station.take_in(claims) {
                     // The worker was lost while the claim was under way.
                     let claims: Vec<_> = claims.into_iter().map(|claim| (claim.job.request, claim.attempt)).collect();
-                    if let Err(error) = queue.give_back(&station.model, &station.node, &claims).await {
+                    if let Err(error) =
+                        queue.give_up(&station.model, &station.node, &GivenUp::HandedOver, &claims).await
+                    {
                         tracing::warn!(model = %station.model, %error, "cannot give claims back; they will expire");
                     }
                 }
@@ -91,6 +90,7 @@ pub async fn renew(station: Arc<Station>, queue: Queue, ledger: Ledger, lease: D
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         timer.tick().await;
+        station.look_after_waiting();
         let leases = station.flights.leases();
         if leases.is_empty() {
             continue;
@@ -99,7 +99,10 @@ pub async fn renew(station: Arc<Station>, queue: Queue, ledger: Ledger, lease: D
             leases.iter().map(|(_, request, attempt)| (request.clone(), *attempt)).collect();
         let asked = Instant::now().into_std();
         match queue.renew(&station.model, &station.node, &claims).await {
-            Ok(lost) => {
+            Ok(Renewed { lost, gone }) => {
+                for request in &gone {
+                    restore(&station, &queue, request).await;
+                }
                 for request in &lost {
                     // A request that ended meanwhile is lost in the same words and means nothing.
                     if station.flights.holds(request) {
@@ -118,15 +121,44 @@ pub async fn renew(station: Arc<Station>, queue: Queue, ledger: Ledger, lease: D
     }
 }
 
+/// Claims a request again that the store has lost with its last moments.
+async fn restore(station: &Arc<Station>, queue: &Queue, request: &RequestId) {
+    let Some(claim) = station.flights.claim(request) else { return };
+    tracing::warn!(%request, model = %station.model, "the store had lost a claim of a request that runs here");
+    match queue.restore(&claim).await {
+        // It has ended meanwhile, and what was acknowledged then was not there.
+        Ok(true) if !station.flights.holds(request) => {
+            let done = queue.acknowledge(&claim.job.model, &claim.owner, request, claim.attempt, 0).await;
+            if let Err(error) = done {
+                tracing::warn!(%request, %error, "a claim of a request that has ended will run out");
+            }
+        }
+        Ok(true) => {}
+        Ok(false) => station.lose(request),
+        Err(error) => tracing::warn!(%request, %error, "cannot claim a request again"),
+    }
+}
+
 /// Carries out what edges want.
 pub async fn obey(stations: Arc<[Arc<Station>]>, orders: Arc<tokio::sync::Mutex<Orders>>) {
     let mut orders = orders.lock().await;
     loop {
         for order in orders.next().await {
             match order {
-                Order::Cancel(request) => {
-                    // Nobody knows it when it has ended meanwhile.
+                // Nobody knows those that have ended meanwhile.
+                Order::Told(Feedback::Cancel(request)) => {
                     let _ = stations.iter().any(|station| station.cancel(&request));
+                }
+                Order::Told(Feedback::Resume { request, attempt, told }) => {
+                    if let Some(station) = stations.iter().find(|station| station.flights.holds(&request)) {
+                        station.resume(&request, attempt, told);
+                    }
+                }
+                Order::Told(Feedback::Superseded { request, attempt }) => {
+                    stations.iter().for_each(|station| station.superseded(&request, attempt));
+                }
+                Order::Told(Feedback::Heard(request)) => {
+                    stations.iter().for_each(|station| station.flights.heard(&request));
                 }
                 Order::EdgeLost(edge) => stations.iter().for_each(|station| station.edge_lost(&edge)),
             }
@@ -134,27 +166,32 @@ pub async fn obey(stations: Arc<[Arc<Station>]>, orders: Arc<tokio::sync::Mutex<
     }
 }
 
-/// Finds what others left behind: claims of dead workers, requests past their deadline, holds of dead edges.
-pub async fn sweep(
+/// Finds requests whose workers or deadlines are gone.
+pub async fn sweep_claims(
     models: Arc<[ModelId]>,
     queue: Queue,
-    ledger: Ledger,
     cashier: Cashier,
     metrics: Arc<Metrics>,
     period: Duration,
 ) {
-    for round in 0u64.. {
-        // Nodes spread over the period, so that they do not all sweep at once.
-        sleep(period.mul_f64(rand::random_range(0.75..1.25))).await;
+    loop {
+        sleep(spread(period)).await;
         for model in models.iter() {
             match queue.expired(model).await {
-                Ok(claims) => claims.into_iter().for_each(|claim| cashier.bury(claim)),
+                Ok(expired) => expired.into_iter().for_each(|expired| cashier.bury(expired)),
                 Err(error) => tracing::warn!(%model, %error, "cannot sweep claims"),
             }
             if let Ok(depth) = queue.depth(model).await {
                 metrics.queue_depth.with_label_values(&[model.as_str()]).set(i64::try_from(depth).unwrap_or(i64::MAX));
             }
         }
+    }
+}
+
+/// Finds holds of dead edges, and checks the accounts.
+pub async fn sweep_holds(ledger: Ledger, metrics: Arc<Metrics>, period: Duration) {
+    for round in 0u64.. {
+        sleep(spread(period)).await;
         match ledger.sweep_expired_holds().await {
             Ok(0) => {}
             Ok(holds) => {
@@ -173,6 +210,11 @@ pub async fn sweep(
             }
         }
     }
+}
+
+/// Nodes spread over a period, so that they do not all sweep at once.
+fn spread(period: Duration) -> Duration {
+    period.mul_f64(rand::random_range(0.75..1.25))
 }
 
 /// Waits until nothing is in the air; `false` when that took too long.

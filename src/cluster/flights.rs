@@ -1,8 +1,8 @@
 //! The requests that this node has claimed for one model and not yet ended.
 //!
-//! Promises that each ends once: whoever moves it to its landing is the only one, be it the engine's last
-//! event, the worker's death, a lost edge or the drain. Lives outside the actors, so that it outlives their
-//! panics. Never does I/O.
+//! Promises that each ends once: whoever moves it to its landing, or out of the table for others to go on with, is the
+//! only one, be it the engine's last event, the worker's death, a lost edge or the drain. Lives outside the actors, so
+//! that it outlives their panics. Never does I/O.
 
 use std::{
     collections::HashMap,
@@ -12,12 +12,12 @@ use std::{
 
 use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use crate::{
     domain::{
         Claim, EventBody, FailureCode, FinishReason, FundsEnd, NanoUsd, NodeId, RequestId, StoppedBy, TenantId,
-        TokenEvent, Usage,
+        TokenEvent, Told, Usage,
     },
     engine::{EngineEvent, EngineEventBody},
     queue::Outgoing,
@@ -54,13 +54,54 @@ struct Flight {
     decoded: u32,
     /// Of each choice that has ended, in no order.
     digests: Vec<(u32, [u8; 32])>,
+    /// What its client knew when it was taken over.
+    told: Told,
+    allowed: Allowed,
+    /// Since when its edge has been out of reach. Until it is known whether somebody takes it over, nothing is settled.
+    parked: Option<Instant>,
+    /// How it would have ended meanwhile.
+    withheld: Option<Outcome>,
+    /// Told when its edge has its last event.
+    heard: Option<oneshot::Sender<()>>,
+    /// Told when the engine has made its first step with it.
+    tried: Option<oneshot::Sender<()>>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
+    /// Taken over: its edge has yet to say what the client knows.
+    Waiting,
     Flying,
     /// Being settled or released.
     Landing,
+}
+
+/// What the table knows of a lost edge's requests.
+#[derive(Default)]
+pub struct Stranded {
+    /// Of these the client has heard nothing from here: somebody else may reach the edge.
+    pub unbegun: Vec<Arc<Claim>>,
+    /// These stand still until it is known whether somebody else goes on with them.
+    pub parked: Vec<RequestId>,
+}
+
+/// How much of a request may be decoded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Allowed {
+    /// By all choices together.
+    pub tokens: u32,
+    /// And no more will be.
+    pub is_all: bool,
+}
+
+/// A request that is to be gone on with.
+pub struct Resumption {
+    pub claim: Arc<Claim>,
+    pub told: Told,
+    /// What may be decoded beside that.
+    pub allowed: Allowed,
+    /// Where nothing is left to be decoded.
+    pub landing: Option<Landing>,
 }
 
 /// How a flight ends.
@@ -136,17 +177,133 @@ impl Flights {
         claims
     }
 
-    /// Takes claims in and answers with their first events.
+    /// Takes claims in and answers with the first events of those that nobody has begun before.
     pub fn take_in(&self, claims: &[Arc<Claim>], generation: u64) -> Vec<Outgoing> {
         let mut table = self.table.lock();
-        let mut events = Vec::with_capacity(claims.len());
         for claim in claims {
-            let request = claim.job.request.clone();
-            table.insert(request.clone(), Flight::new(Arc::clone(claim), generation));
-            let event = TokenEvent { request, seq: 0, body: EventBody::Accepted };
-            events.push(Outgoing { claim: Arc::clone(claim), event });
+            table.insert(claim.job.request.clone(), Flight::new(Arc::clone(claim), generation));
         }
-        events
+        claims.iter().filter(|claim| claim.attempt == 1).map(accepted).collect()
+    }
+
+    /// The first event of one that is taken over, if it is still here.
+    pub fn accept(&self, claim: &Arc<Claim>) -> Option<Outgoing> {
+        let table = self.table.lock();
+        let is_here = table.get(&claim.job.request).is_some_and(|flight| flight.waits(claim.attempt));
+        is_here.then(|| accepted(claim))
+    }
+
+    /// One that is taken over may decode so much in all, and so much is set aside for it. `false`: it is not here.
+    pub fn allow(&self, request: &RequestId, allowed: Allowed) -> bool {
+        let mut table = self.table.lock();
+        table.get_mut(request).map(|flight| flight.allowed = allowed).is_some()
+    }
+
+    /// Its edge has said what the client knows.
+    pub fn resume(&self, request: &RequestId, attempt: u32, told: Told) -> Option<Resumption> {
+        let mut table = self.table.lock();
+        let flight = table.get_mut(request).filter(|flight| flight.waits(attempt))?;
+        flight.state = State::Flying;
+        let outcome = flight.take_up(told);
+        let landing = outcome.map(|outcome| flight.land(outcome));
+        let left = flight.allowed.tokens.saturating_sub(flight.told.tokens());
+        let allowed = Allowed { tokens: left, ..flight.allowed };
+        Some(Resumption { claim: Arc::clone(&flight.claim), told: flight.told.clone(), allowed, landing })
+    }
+
+    /// Lands a request whose client went away before this node began with it: what others had decoded is paid for.
+    pub fn withdraw(&self, request: &RequestId) -> Option<Landing> {
+        let mut table = self.table.lock();
+        let flight = table.get_mut(request).filter(|flight| flight.state == State::Flying)?;
+        let outcome = flight.withdrawn();
+        let landing = flight.land(outcome);
+        drop(table);
+        self.changed.notify_waiters();
+        Some(landing)
+    }
+
+    /// Takes out those that wait for their edges, for as long as `patience` already.
+    pub fn unanswered(&self, patience: Duration) -> Vec<Arc<Claim>> {
+        let mut table = self.table.lock();
+        let waits = |flight: &Flight| flight.state == State::Waiting && flight.begun.elapsed() > patience;
+        let taken = table.extract_if(|_, flight| waits(flight)).map(|(_, flight)| flight.claim).collect();
+        drop(table);
+        self.changed.notify_waiters();
+        taken
+    }
+
+    /// An edge is out of reach.
+    pub fn strand(&self, edge: &NodeId) -> Stranded {
+        let mut stranded = Stranded::default();
+        let mut table = self.table.lock();
+        for (_, flight) in table.extract_if(|_, flight| flight.goes_to(edge) && flight.is_unbegun()) {
+            stranded.unbegun.push(flight.claim);
+        }
+        for (request, flight) in table.iter_mut().filter(|(_, flight)| flight.goes_to(edge)) {
+            flight.parked.get_or_insert_with(Instant::now);
+            stranded.parked.push(request.clone());
+        }
+        drop(table);
+        self.changed.notify_waiters();
+        stranded
+    }
+
+    /// Lands what has been parked for so long: nobody has taken it over, so its edge is gone, and its client with it.
+    pub fn unpark(&self, patience: Duration) -> Vec<Landing> {
+        let mut table = self.table.lock();
+        let mut landings = Vec::new();
+        for flight in table.values_mut() {
+            if flight.parked.is_none_or(|since| since.elapsed() <= patience) {
+                continue;
+            }
+            if let Some(heard) = flight.heard.take() {
+                let _ = heard.send(());
+            }
+            if let Some(outcome) = flight.withheld.take() {
+                flight.parked = None;
+                landings.push(flight.land(outcome));
+            }
+        }
+        drop(table);
+        self.changed.notify_waiters();
+        landings
+    }
+
+    /// What becomes true once the edge of a request that lands has its last event, or is gone.
+    pub fn until_heard(&self, request: &RequestId) -> Option<oneshot::Receiver<()>> {
+        let mut table = self.table.lock();
+        let flight = table.get_mut(request)?;
+        let (sender, receiver) = oneshot::channel();
+        flight.heard = Some(sender);
+        Some(receiver)
+    }
+
+    /// What becomes true once the engine has made a step with the request, or has it no more.
+    pub fn until_tried(&self, request: &RequestId, attempt: u32) -> Option<oneshot::Receiver<()>> {
+        let mut table = self.table.lock();
+        let flight = table.get_mut(request).filter(|flight| flight.claim.attempt == attempt)?;
+        let (sender, receiver) = oneshot::channel();
+        flight.tried = Some(sender);
+        Some(receiver)
+    }
+
+    /// Its edge has its last event.
+    pub fn heard(&self, request: &RequestId) {
+        if let Some(heard) = self.table.lock().get_mut(request).and_then(|flight| flight.heard.take()) {
+            let _ = heard.send(());
+        }
+    }
+
+    /// Takes out what flies and is chosen, for others to go on with.
+    pub fn give_up(&self, which: impl Fn(u64, &NodeId) -> bool) -> Vec<Arc<Claim>> {
+        let mut table = self.table.lock();
+        let chosen = table.extract_if(|_, flight| {
+            flight.state != State::Landing && which(flight.generation, &flight.claim.job.reply_to.node)
+        });
+        let claims = chosen.map(|(_, flight)| flight.claim).collect();
+        drop(table);
+        self.changed.notify_waiters();
+        claims
     }
 
     /// Turns one step of the engine into events and landings. Events of requests that are not (any more) of
@@ -157,15 +314,18 @@ impl Flights {
         for EngineEvent { request, choice, body } in events {
             let flying = |flight: &&mut Flight| flight.generation == generation && flight.state == State::Flying;
             let Some(flight) = table.get_mut(&request).filter(flying) else { continue };
+            if let Some(tried) = flight.tried.take() {
+                let _ = tried.send(());
+            }
             let body = match body {
                 EngineEventBody::Prompt { tokens } => {
                     flight.has_told = true;
                     EventBody::Prompt { tokens }
                 }
-                EngineEventBody::Delta { text, tokens, details } => {
-                    flight.decoded += tokens;
+                EngineEventBody::Delta { text, ids, details } => {
+                    flight.decoded += ids.len() as u32;
                     advanced.decoded.push((request, flight.decoded));
-                    EventBody::Delta { choice, text, tokens, details }
+                    EventBody::Delta { choice, text, ids, details }
                 }
                 EngineEventBody::NeedsTokens { wanted } => {
                     advanced.needs.push((Arc::clone(&flight.claim), wanted));
@@ -180,7 +340,10 @@ impl Flights {
                         if outcome != Outcome::Withdrawn {
                             advanced.events.push(flight.event(EventBody::ChoiceEnded { choice, reason, stopped_by }));
                         }
-                        advanced.landings.push(flight.land(outcome));
+                        match flight.parked {
+                            None => advanced.landings.push(flight.land(outcome)),
+                            Some(_) => flight.withheld = Some(outcome),
+                        }
                         continue;
                     }
                     EventBody::ChoiceEnded { choice, reason, stopped_by }
@@ -203,21 +366,21 @@ impl Flights {
         advanced
     }
 
-    /// Lands one flight, if it still flies.
+    /// Lands one flight, if it has not landed.
     pub fn land(&self, request: &RequestId, outcome: Outcome) -> Option<Landing> {
         let mut table = self.table.lock();
-        let flight = table.get_mut(request).filter(|flight| flight.state == State::Flying)?;
+        let flight = table.get_mut(request).filter(|flight| flight.state != State::Landing)?;
         let landing = flight.land(outcome);
         drop(table);
         self.changed.notify_waiters();
         Some(landing)
     }
 
-    /// Fails everything that flies and that `which` chooses by generation and edge.
+    /// Fails everything that is in the air and that `which` chooses by generation and edge.
     pub fn fail(&self, which: impl Fn(u64, &NodeId) -> bool, code: FailureCode, message: &str) -> Vec<Landing> {
         let mut table = self.table.lock();
         let chosen = table.values_mut().filter(|flight| {
-            flight.state == State::Flying && which(flight.generation, &flight.claim.job.reply_to.node)
+            flight.state != State::Landing && which(flight.generation, &flight.claim.job.reply_to.node)
         });
         let landings =
             chosen.map(|flight| flight.land(Outcome::Failed { code, message: message.to_owned() })).collect();
@@ -231,13 +394,6 @@ impl Flights {
         self.table.lock().get_mut(request).map(|flight| flight.cancelled = true).is_some()
     }
 
-    /// Those in the air of an edge that is gone, and their clients with it.
-    pub fn of_edge(&self, edge: &NodeId) -> Vec<RequestId> {
-        let table = self.table.lock();
-        let theirs = table.iter().filter(|(_, flight)| flight.claim.job.reply_to.node == *edge);
-        theirs.map(|(request, _)| request.clone()).collect()
-    }
-
     /// Whether the client has gone; `None` when the flight is no longer in the air.
     pub fn is_cancelled(&self, request: &RequestId) -> Option<bool> {
         let table = self.table.lock();
@@ -248,6 +404,15 @@ impl Flights {
     pub fn lose(&self, request: &RequestId) {
         self.table.lock().remove(request);
         self.changed.notify_waiters();
+    }
+
+    pub fn claim(&self, request: &RequestId) -> Option<Arc<Claim>> {
+        self.table.lock().get(request).map(|flight| Arc::clone(&flight.claim))
+    }
+
+    /// Under which attempt it is here.
+    pub fn attempt(&self, request: &RequestId) -> Option<u32> {
+        self.table.lock().get(request).map(|flight| flight.claim.attempt)
     }
 
     /// A landing is done.
@@ -289,10 +454,16 @@ impl Flights {
         table.values().map(lease).collect()
     }
 
+    /// How many the engine has to work on.
+    pub fn working(&self) -> usize {
+        let works = |flight: &&Flight| flight.state == State::Flying && flight.parked.is_none();
+        self.table.lock().values().filter(works).count()
+    }
+
     /// (in the air, all)
     pub fn count(&self) -> (usize, usize) {
         let table = self.table.lock();
-        (table.values().filter(|flight| flight.state == State::Flying).count(), table.len())
+        (table.values().filter(|flight| flight.state != State::Landing).count(), table.len())
     }
 }
 
@@ -300,26 +471,84 @@ impl Flight {
     fn new(claim: Arc<Claim>, generation: u64) -> Self {
         Self {
             hold: claim.job.hold,
-            claim,
             generation,
             seq_next: 1,
             cancelled: false,
             has_told: false,
             begun: Instant::now(),
             renewed: Instant::now(),
-            state: State::Flying,
+            state: if claim.attempt == 1 { State::Flying } else { State::Waiting },
+            claim,
             ended: 0,
             usage: Usage::default(),
             reason: FinishReason::Stop,
             funds: None,
             decoded: 0,
             digests: Vec::new(),
+            told: Told::default(),
+            allowed: Allowed::default(),
+            parked: None,
+            withheld: None,
+            heard: None,
+            tried: None,
         }
+    }
+
+    fn waits(&self, attempt: u32) -> bool {
+        self.state == State::Waiting && self.claim.attempt == attempt
+    }
+
+    fn goes_to(&self, edge: &NodeId) -> bool {
+        self.claim.job.reply_to.node == *edge
+    }
+
+    /// Whether its client has heard nothing from here.
+    fn is_unbegun(&self) -> bool {
+        let has_told = self.decoded > self.told.tokens() || self.has_told && self.told.prompt_tokens == 0;
+        self.state == State::Waiting || self.state == State::Flying && !has_told && self.ended == 0
+    }
+
+    /// Counts what others have decoded. How the request ends, where nothing is left.
+    fn take_up(&mut self, told: Told) -> Option<Outcome> {
+        self.has_told = told.prompt_tokens > 0;
+        self.decoded = told.tokens();
+        let mut outcome = None;
+        for (choice, known) in (0..).zip(&told.choices) {
+            if let Some((reason, stopped_by)) = &known.ended {
+                self.digests.push((choice, digest(&known.ids)));
+                if let Some(StoppedBy::Funds(funds)) = stopped_by {
+                    self.funds = Some(*funds);
+                }
+                let usage = self.usage_of(known.ids.len() as u32);
+                outcome = outcome.or(self.choice_ended(choice, *reason, &usage));
+            }
+        }
+        self.told = told;
+        outcome
+    }
+
+    fn usage_of(&self, completion_tokens: u32) -> Usage {
+        Usage { prompt_tokens: self.claim.job.prompt.len() as u32, completion_tokens, cached_tokens: 0 }
+    }
+
+    /// As if it had been cancelled where it was taken over.
+    fn withdrawn(&mut self) -> Outcome {
+        if self.decoded == 0 && !self.has_told {
+            return Outcome::Withdrawn;
+        }
+        let (reason, usage) = (FinishReason::Cancelled, self.usage_of(self.decoded));
+        self.digests.clear();
+        for choice in 0..self.claim.job.choices {
+            let ids = self.told.choices.get(choice as usize).map_or(&[][..], |known| &known.ids);
+            self.digests.push((choice, digest(ids)));
+        }
+        Outcome::Finished { reason, funds: None, usage, digest: self.digest() }
     }
 
     /// The next event of its stream.
     fn event(&mut self, body: EventBody) -> Outgoing {
-        let event = TokenEvent { request: self.claim.job.request.clone(), seq: self.seq_next, body };
+        let (request, attempt) = (self.claim.job.request.clone(), self.claim.attempt);
+        let event = TokenEvent { request, attempt, seq: self.seq_next, body };
         self.seq_next += 1;
         Outgoing { claim: Arc::clone(&self.claim), event }
     }
@@ -361,116 +590,18 @@ impl Flight {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::{cluster::testing::claim, domain::Job};
-
-    fn delta(request: &str) -> EngineEvent {
-        let body = EngineEventBody::Delta { text: "a".into(), tokens: 1, details: Vec::new() };
-        EngineEvent { request: request.into(), choice: 0, body }
-    }
-
-    fn finished(request: &str) -> EngineEvent {
-        let (reason, usage) = (FinishReason::Stop, Usage::default());
-        let body = EngineEventBody::Finished { reason, stopped_by: None, usage, digest: [7; 32] };
-        EngineEvent { request: request.into(), choice: 0, body }
-    }
-
-    #[test]
-    fn events_are_numbered_without_gaps_and_a_request_lands_once() {
-        let flights = Flights::default();
-        let accepted = flights.take_in(&[claim("a", "edge")], 1);
-        assert_eq!(accepted[0].event.seq, 0);
-        let step = flights.advance(vec![delta("a"), delta("a"), finished("a"), delta("a")], 1);
-        assert_eq!(step.events.iter().map(|out| out.event.seq).collect::<Vec<_>>(), [1, 2, 3]);
-        assert_eq!(step.landings.len(), 1);
-        assert_eq!(step.landings[0].seq, 4);
-        assert!(flights.fail(|_, _| true, FailureCode::WorkerFailed, "late").is_empty());
-        assert_eq!(flights.count(), (0, 1));
-        flights.left(&"a".into());
-        assert_eq!(flights.count(), (0, 0));
-    }
-
-    #[test]
-    fn who_leaves_before_the_first_token_pays_nothing() {
-        let flights = Flights::default();
-        flights.take_in(&[claim("a", "edge"), claim("b", "edge")], 1);
-        let cancelled = |request: &str, completion_tokens| EngineEvent {
-            request: request.into(),
-            choice: 0,
-            body: EngineEventBody::Finished {
-                reason: FinishReason::Cancelled,
-                stopped_by: None,
-                usage: Usage { prompt_tokens: 100, completion_tokens, cached_tokens: 0 },
-                digest: [0; 32],
-            },
-        };
-        let landings = flights.advance(vec![cancelled("a", 0), cancelled("b", 1)], 1).landings;
-        assert_eq!(landings[0].outcome, Outcome::Withdrawn);
-        assert!(matches!(landings[1].outcome, Outcome::Finished { reason: FinishReason::Cancelled, .. }));
-    }
-
-    #[test]
-    fn the_digest_of_a_request_is_that_of_its_choices_in_their_order_whichever_ends_first() {
-        let flights = Flights::default();
-        let two = |request: &str| {
-            let claim = claim(request, "edge");
-            Arc::new(Claim { job: Job { choices: 2, ..claim.job.clone() }, ..Claim::clone(&claim) })
-        };
-        flights.take_in(&[claim("one", "edge"), two("two"), two("twice")], 1);
-        let ended = |request: &str, choice: u32| {
-            let (reason, usage) = (FinishReason::Stop, Usage::default());
-            let digest = [choice as u8; 32];
-            let body = EngineEventBody::Finished { reason, stopped_by: None, usage, digest };
-            EngineEvent { request: request.into(), choice, body }
-        };
-        let events = vec![ended("two", 1), ended("twice", 1), ended("one", 0), ended("two", 0), ended("twice", 1)];
-        let landings = flights.advance(events, 1).landings;
-        let digests = landings.iter().map(|landing| match landing.outcome {
-            Outcome::Finished { digest, .. } => digest,
-            _ => panic!("{landing:?}"),
-        });
-        let sha = |bytes: &[u8]| Some(Sha256::digest(bytes).into());
-        assert!(digests.eq([sha(&[0; 32]), sha(&[[0; 32], [1; 32]].concat()), None]));
-    }
-
-    #[test]
-    fn what_a_request_needs_is_no_event_of_its_stream() {
-        let flights = Flights::default();
-        flights.take_in(&[claim("a", "edge")], 1);
-        let needs =
-            |wanted| EngineEvent { request: "a".into(), choice: 0, body: EngineEventBody::NeedsTokens { wanted } };
-        let step = flights.advance(vec![delta("a"), needs(3), delta("a")], 1);
-        assert_eq!(step.events.iter().map(|out| out.event.seq).collect::<Vec<_>>(), [1, 2]);
-        let needs = step.needs.iter().map(|(claim, wanted)| (claim.job.request.as_str(), *wanted));
-        assert!(needs.eq([("a", 3)]));
-    }
-
-    #[test]
-    fn a_worker_that_was_replaced_is_not_heard() {
-        let flights = Flights::default();
-        flights.take_in(&[claim("a", "edge")], 2);
-        let step = flights.advance(vec![delta("a"), finished("a")], 1);
-        assert!(step.events.is_empty() && step.landings.is_empty());
-    }
-
-    #[test]
-    fn a_lost_edge_fails_its_own_requests_only() {
-        let flights = Flights::default();
-        flights.take_in(&[claim("a", "edge-1"), claim("b", "edge-2")], 1);
-        let lost = NodeId::from("edge-1");
-        let landings = flights.fail(|_, edge| *edge == lost, FailureCode::WorkerFailed, "the edge is gone");
-        assert_eq!(landings.len(), 1);
-        assert_eq!(landings[0].claim.job.request.as_str(), "a");
-    }
-
-    #[test]
-    fn a_lost_claim_is_forgotten_even_while_it_lands() {
-        let flights = Flights::default();
-        flights.take_in(&[claim("a", "edge")], 1);
-        let _landing = flights.land(&"a".into(), Outcome::Failed { code: FailureCode::Draining, message: "x".into() });
-        flights.lose(&"a".into());
-        assert!(!flights.holds(&"a".into()));
-    }
+fn accepted(claim: &Arc<Claim>) -> Outgoing {
+    let (request, attempt) = (claim.job.request.clone(), claim.attempt);
+    let event = TokenEvent { request, attempt, seq: 0, body: EventBody::Accepted };
+    Outgoing { claim: Arc::clone(claim), event }
 }
+
+/// As the engine has it of a choice's tokens.
+fn digest(ids: &[u32]) -> [u8; 32] {
+    let mut digest = Sha256::new();
+    ids.iter().for_each(|id| digest.update(id.to_le_bytes()));
+    digest.finalize().into()
+}
+
+#[cfg(test)]
+mod tests;

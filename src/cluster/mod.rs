@@ -1,7 +1,7 @@
 //! The worker's side of a node: a supervision tree that claims requests and runs them.
 //!
-//! `root → pool (one a model) → worker (one engine)`. Promises that every claimed request ends, that a
-//! worker's panic, freeze or failure fails its requests free of charge and replaces it with backoff, and
+//! `root → pool (one a model) → worker (one engine)`. Promises that every claimed request ends here or is left to
+//! others, who go on with it, that a worker that panics, freezes or fails is replaced with backoff, and
 //! that claims are made only for what there is room for. Tokens never pass through a mailbox: the engine's
 //! steps are pumped straight to the [`Outlet`]. Never speaks HTTP and never prices anything.
 
@@ -28,7 +28,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use reconcile::{ArchivePlan, Upkeep};
-pub use recovery::{Recovered, RecoveryError, settle_left_over};
+pub use recovery::{Others, Recovered, RecoveryError, settle_left_over};
 pub use restart::RestartPolicy;
 pub use station::PoolStatus;
 pub use worker::Loader;
@@ -59,7 +59,7 @@ pub struct ClusterContext {
     pub journals: PathBuf,
     pub metrics: Arc<Metrics>,
     pub claim_lease: Duration,
-    /// How often expired claims and holds of all `models` are looked for.
+    /// How often expired holds of all tenants are looked for; claims of all `models` are more often.
     pub sweep: Duration,
     pub upkeep: Upkeep,
     /// Every model of the cluster, also those that this node does not run.
@@ -158,11 +158,15 @@ impl Cluster {
             let rests = move || reconcile::rests(of.clone(), Arc::clone(&journal), Arc::clone(&with));
             tasks.spawn(duties::forever("rests", working.clone(), rests));
         }
-        let sweep = move || {
+        let (of, with) = (ledger.clone(), Arc::clone(&metrics));
+        let sweep_holds = move || duties::sweep_holds(of.clone(), Arc::clone(&with), sweep);
+        tasks.spawn(duties::forever("sweep holds", working.clone(), sweep_holds));
+        let often = (claim_lease / SWEEPS_PER_LEASE).min(sweep);
+        let sweep_claims = move || {
             let (models, metrics) = (Arc::clone(&models), Arc::clone(&metrics));
-            duties::sweep(models, queue.clone(), ledger.clone(), by.clone(), metrics, sweep)
+            duties::sweep_claims(models, queue.clone(), by.clone(), metrics, often)
         };
-        tasks.spawn(duties::forever("sweep", working.clone(), sweep));
+        tasks.spawn(duties::forever("sweep claims", working.clone(), sweep_claims));
         if let Some(confirmations) = cashier.confirmations() {
             let confirm = move || {
                 let confirmations = Arc::clone(&confirmations);
@@ -193,8 +197,8 @@ impl Cluster {
         self.stations.iter().map(|station| (station.model.clone(), station.status.subscribe())).collect()
     }
 
-    /// Claims nothing more, lets what runs end until `deadline`, fails the rest free of charge, settles, and
-    /// stops the engines.
+    /// Claims nothing more, lets what runs end until `deadline`, leaves the rest to other nodes (fails those of the edge
+    /// in this process, free of charge), settles, and stops the engines.
     pub async fn drain(self, deadline: Instant) {
         self.claiming.cancel();
         self.claimers.close();
@@ -203,7 +207,9 @@ impl Cluster {
             let left = deadline.saturating_duration_since(Instant::now());
             if !duties::landed(station, left).await {
                 let (flying, _) = station.flights.count();
-                tracing::warn!(model = %station.model, flying, "requests did not end in time; failing them");
+                tracing::warn!(model = %station.model, flying, "requests did not end in time; leaving them to others");
+                station.hand_over(|_, edge| *edge != station.node);
+                // Those of its own edge have nobody to be told by.
                 station.fail(
                     |_, _| true,
                     FailureCode::Draining,
@@ -217,12 +223,14 @@ impl Cluster {
         self.tasks.wait().await;
         let _ = self.root.stop_and_wait(None, Some(STOP_MAX)).await;
         for station in self.stations.iter() {
-            station.retire(u64::MAX, station::WORKER_LOST);
+            station.retire(u64::MAX);
         }
         self.outlet.close(CLOSE_MAX).await;
     }
 }
 
+/// A lost worker's requests are found that soon after its lease ran out.
+const SWEEPS_PER_LEASE: u32 = 4;
 /// Settlements of requests that ended just before the drain's end.
 const SETTLE_MAX: Duration = Duration::from_secs(5);
 const STOP_MAX: Duration = Duration::from_secs(2);

@@ -1,7 +1,7 @@
 //! The actor that supervises one model's worker.
 //!
 //! Promises that a worker that fails, panics or freezes is replaced, with backoff and within a budget, and
-//! that its requests are failed free of charge at once. Never loads a model itself and never sees a token.
+//! that others go on with its requests at once, its successor among them. Never loads a model itself and never sees a token.
 
 use std::{
     sync::Arc,
@@ -12,7 +12,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 
 use super::{
     restart::{RestartPolicy, Restarts},
-    station::{PoolStatus, Station, WORKER_LOST},
+    station::{PoolStatus, Station},
     worker::{Loader, Worker, WorkerArguments, WorkerMessage},
 };
 use crate::{engine::EngineHandle, telemetry::Metrics};
@@ -133,7 +133,7 @@ impl PoolState {
     fn worker_lost(&mut self, myself: ActorRef<PoolMessage>, why: &str) {
         let PoolArguments { station, metrics, .. } = &self.arguments;
         self.worker = None;
-        station.retire(self.generation, WORKER_LOST);
+        station.retire(self.generation);
         metrics.worker_restarts.with_label_values(&[station.model.as_str()]).inc();
         let verdict = self.restarts.failed(Instant::now(), rand::random_range(0..=1000));
         tracing::error!(model = %station.model, why, after = ?verdict.after, available = verdict.available,
@@ -150,8 +150,7 @@ impl PoolState {
         let Some((_, steps)) = station.steps().filter(|(generation, _)| *generation == self.generation) else {
             return;
         };
-        let (flying, _) = station.flights.count();
-        if steps != self.progress.0 || flying == 0 {
+        if steps != self.progress.0 || station.flights.working() == 0 {
             self.progress = (steps, Instant::now());
             return;
         }

@@ -16,7 +16,7 @@ use crate::{
     domain::Usage,
     journal::{Journal, JournalError, Orphan, Unsettled},
     ledger::{EndReason, Ledger, LedgerError, ReleaseReason, Settlement},
-    queue::Queue,
+    queue::{Disowned, Queue},
     store::StoreError,
     telemetry::Metrics,
 };
@@ -38,10 +38,20 @@ pub enum RecoveryError {
     Store(#[from] StoreError),
 }
 
+/// Who else may go on with the requests of a process that died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// As long as the queue has them.
+    MayGoOn,
+    /// All that used this store before are dead.
+    AreDead,
+}
+
 /// Settles what the journals of dead processes in `folder` have open. Ends at the first thing that the store does not
 /// take, to be called again.
 pub async fn settle_left_over(
     folder: &Path,
+    others: Others,
     queue: &Queue,
     ledger: &Ledger,
     metrics: &Metrics,
@@ -58,7 +68,7 @@ pub async fn settle_left_over(
             metrics.journal_faults.inc();
         }
         // What could not be ended stays in the file, and is tried again.
-        if settle_all(&mut orphan, queue, ledger, metrics, &mut recovered).await? {
+        if settle_all(&mut orphan, others, queue, ledger, metrics, &mut recovered).await? {
             orphan.remove()?;
         }
     }
@@ -76,7 +86,7 @@ const PERIOD: Duration = Duration::from_secs(10);
 pub async fn go_on((queue, ledger, metrics): (Queue, Ledger, Arc<Metrics>), folder: PathBuf) {
     loop {
         sleep(PERIOD.mul_f64(rand::random_range(0.75..1.25))).await;
-        if let Err(error) = settle_left_over(&folder, &queue, &ledger, &metrics).await {
+        if let Err(error) = settle_left_over(&folder, Others::MayGoOn, &queue, &ledger, &metrics).await {
             tracing::warn!(%error, "journals of dead processes wait");
         }
     }
@@ -84,6 +94,7 @@ pub async fn go_on((queue, ledger, metrics): (Queue, Ledger, Arc<Metrics>), fold
 
 async fn settle_all(
     orphan: &mut Orphan,
+    others: Others,
     queue: &Queue,
     ledger: &Ledger,
     metrics: &Metrics,
@@ -93,6 +104,11 @@ async fn settle_all(
     for unsettled in orphan.unfinished() {
         let begun = &unsettled.begun;
         let request = begun.request.clone();
+        // Whoever goes on with it settles all of it. Until it has left the queue, nobody knows whether somebody does.
+        if others == Others::MayGoOn && queue.disown(&begun.model, &request, begun.attempt).await? != Disowned::Absent {
+            is_done = false;
+            continue;
+        }
         let completion_tokens = match settlement_of(&unsettled) {
             Some(settlement) => {
                 let tokens = settlement.usage.completion_tokens;
@@ -112,6 +128,8 @@ async fn settle_all(
                         is_done = false;
                         continue;
                     }
+                    // Whoever had it later has settled it, or is to.
+                    Err(LedgerError::Superseded(_)) => {}
                     // Free, or a person's to look at: once more would be no better.
                     Err(error) => {
                         tracing::error!(%request, %error, usage = ?settlement.usage, "cannot settle out of a journal");
@@ -170,5 +188,6 @@ fn settlement_of(unsettled: &Unsettled) -> Option<Settlement> {
         price_version: begun.price_version.clone(),
         reason,
         digest,
+        attempt: begun.attempt,
     })
 }

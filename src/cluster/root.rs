@@ -10,7 +10,7 @@ use ractor::{Actor, ActorId, ActorProcessingErr, ActorRef, SupervisionEvent};
 use super::{
     pool::{Pool, PoolArguments, PoolMessage},
     restart::Restarts,
-    station::{PoolStatus, WORKER_LOST},
+    station::PoolStatus,
 };
 
 pub struct Root;
@@ -83,7 +83,7 @@ impl Actor for Root {
         let Some((index, _)) = state.running.remove(&who.get_id()) else { return Ok(()) };
         let (arguments, restarts) = &mut state.pools[index];
         // Its worker ended with it.
-        arguments.station.retire(arguments.generation, WORKER_LOST);
+        arguments.station.retire(arguments.generation);
         let verdict = restarts.failed(Instant::now(), rand::random_range(0..=1000));
         tracing::error!(model = %arguments.station.model, why, after = ?verdict.after, "a pool was lost; starting another");
         arguments.station.status.send_replace(PoolStatus::Restarting(why));

@@ -1,9 +1,9 @@
 //! What the actors and tasks of one pool share, and what must outlive the panic of any of them.
 //!
 //! Promises that a claim is taken in only while a worker can take it, and that when a worker is retired
-//! nothing that it had in the air is forgotten.
+//! nothing that it had in the air is forgotten: others go on with it.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use ractor::ActorRef;
@@ -12,15 +12,15 @@ use tokio::sync::watch;
 use super::{
     PoolSpec,
     cashier::Cashier,
-    flights::{Flights, Outcome},
-    worker::WorkerMessage,
+    flights::{Flights, Outcome, Resumption, Stranded},
+    worker::{Start, WorkerMessage},
 };
 use crate::{
-    domain::{Claim, FailureCode, FundsEnd, ModelId, NodeId, RequestId},
+    domain::{Claim, FailureCode, FundsEnd, ModelId, NodeId, RequestId, Told},
     engine::{EngineEvent, EngineHandle},
     grammar::Grammars,
     journal::{Begun, Journal},
-    queue::Outlet,
+    queue::{GivenUp, Outlet, Room},
 };
 
 /// What a model's pool is doing.
@@ -54,6 +54,24 @@ pub struct Station {
     pub outlet: Outlet,
     pub status: watch::Sender<PoolStatus>,
     bench: Mutex<Option<Bench>>,
+    trials: Mutex<Trials>,
+}
+
+/// What other workers were lost with: each is to decode a token before the next one is begun. If one of them takes this
+/// worker down as well, it is known which.
+#[derive(Default)]
+struct Trials {
+    waiting: VecDeque<Start>,
+    now: Option<RequestId>,
+    are_under_way: bool,
+}
+
+impl Trials {
+    fn next(&mut self) -> Option<Start> {
+        let next = self.waiting.pop_front();
+        self.now = next.as_ref().map(|start| start.claim.job.request.clone());
+        next
+    }
 }
 
 /// The worker that is ready now.
@@ -79,6 +97,7 @@ impl Station {
             outlet,
             status,
             bench: Mutex::default(),
+            trials: Mutex::default(),
         }
     }
 
@@ -89,18 +108,22 @@ impl Station {
     }
 
     /// How many claims the worker has room for. Landings that wait for the store take room as well, so that
-    /// they stay bounded.
-    pub fn room(&self) -> usize {
+    /// they stay bounded. What others have begun may wait in the engine, so as not to wait anywhere else.
+    pub fn room(&self) -> Room {
         // What cannot be written down must not be run up.
         if self.bench.lock().is_none() || self.journal.fault().is_some() {
-            return 0;
+            return Room::default();
         }
         let (flying, all) = self.flights.count();
-        self.sequences_max.saturating_sub(flying).min((4 * self.sequences_max).saturating_sub(all))
+        let left = (4 * self.sequences_max).saturating_sub(all);
+        Room {
+            to_take_over: (2 * self.sequences_max).saturating_sub(flying).min(left),
+            to_begin: self.sequences_max.saturating_sub(flying).min(left),
+        }
     }
 
     /// Takes claims in and hands them to the worker; gives them back where there is none.
-    pub fn take_in(&self, claims: Vec<Claim>) -> Result<(), Vec<Claim>> {
+    pub fn take_in(self: &Arc<Self>, claims: Vec<Claim>) -> Result<(), Vec<Claim>> {
         let bench = self.bench.lock();
         let Some(ready) = bench.as_ref() else { return Err(claims) };
         let claims = self.flights.new_ones(claims);
@@ -111,12 +134,87 @@ impl Station {
             }
         }
         let claims: Vec<_> = claims.into_iter().map(Arc::new).collect();
-        // Under the bench's lock: a worker that is retired now will find these flights and fail them.
+        // Under the bench's lock: a worker that is retired now will find these flights and give them up.
         let accepted = self.flights.take_in(&claims, ready.generation);
         self.outlet.send(accepted);
-        // A worker that has just died does not read it; its supervisor fails the flights.
-        let _ = ready.worker.cast(WorkerMessage::Submit(claims));
+        let (fresh, begun): (Vec<_>, Vec<_>) = claims.into_iter().partition(|claim| claim.attempt == 1);
+        // A worker that has just died does not read it; its supervisor gives the flights up.
+        let _ = ready.worker.cast(WorkerMessage::Submit(fresh.into_iter().map(Start::fresh).collect()));
+        drop(bench);
+        for claim in begun {
+            self.cashier.take_over(Arc::clone(self), claim);
+        }
         Ok(())
+    }
+
+    /// A request is this attempt's alone from now on: its edge is asked what the client knows.
+    pub fn ask_for_told(&self, claim: &Arc<Claim>) {
+        self.outlet.send(self.flights.accept(claim).into_iter().collect());
+    }
+
+    /// Goes on with a request behind what its client knows.
+    pub fn resume(self: &Arc<Self>, request: &RequestId, attempt: u32, told: Told) {
+        let Some(Resumption { claim, told, allowed, landing }) = self.flights.resume(request, attempt, told) else {
+            return;
+        };
+        if let Err(error) = self.journal.progress(&[(request.clone(), told.tokens())]) {
+            tracing::error!(%error, "the journal does not take what was decoded");
+        }
+        tracing::info!(%request, attempt, tokens = told.tokens(), "going on with a request that lost its worker");
+        if let Some(landing) = landing {
+            return self.cashier.land(vec![landing], &self.flights);
+        }
+        let is_suspect = claim.losses > 0;
+        let start = Start { claim, told, allowed };
+        if !is_suspect {
+            return self.submit(start);
+        }
+        let mut trials = self.trials.lock();
+        trials.waiting.push_back(start);
+        if !std::mem::replace(&mut trials.are_under_way, true) {
+            let station = Arc::clone(self);
+            self.cashier.background(async move { station.try_out().await });
+        }
+    }
+
+    async fn try_out(&self) {
+        while let Some(start) = self.next_trial().await {
+            let request = start.claim.job.request.clone();
+            let Some(tried) = self.flights.until_tried(&request, start.claim.attempt) else { continue };
+            self.cashier.note_trial(self, Some(&request)).await;
+            self.submit(start);
+            let _ = tried.await;
+        }
+    }
+
+    async fn next_trial(&self) -> Option<Start> {
+        let next = self.trials.lock().next();
+        if next.is_some() {
+            return next;
+        }
+        self.cashier.note_trial(self, None).await;
+        // Some may have come meanwhile.
+        let mut trials = self.trials.lock();
+        let next = trials.next();
+        trials.are_under_way = next.is_some();
+        next
+    }
+
+    fn submit(&self, start: Start) {
+        if let Some(ready) = self.bench.lock().as_ref() {
+            let _ = ready.worker.cast(WorkerMessage::Submit(vec![start]));
+        }
+    }
+
+    /// Leaves requests to others. Whoever loses them hears of it here alone.
+    pub fn give_up(self: &Arc<Self>, claims: Vec<Arc<Claim>>, how: GivenUp) {
+        if claims.is_empty() {
+            return;
+        }
+        for claim in &claims {
+            self.cancel_in_engine(&claim.job.request);
+        }
+        self.cashier.give_up(Arc::clone(self), claims, how);
     }
 
     /// One step of the engine. Never waits.
@@ -172,15 +270,36 @@ impl Station {
         self.cancel_in_engine(request);
     }
 
-    /// Its clients are gone with it: as if each had hung up.
-    pub fn edge_lost(&self, edge: &NodeId) {
-        for request in self.flights.of_edge(edge) {
-            self.cancel(&request);
+    /// The claim is another attempt's.
+    pub fn superseded(&self, request: &RequestId, attempt: u32) {
+        if self.flights.attempt(request) == Some(attempt) {
+            tracing::warn!(%request, attempt, model = %self.model, "another worker has a request of ours; stopping it");
+            self.lose(request);
         }
     }
 
+    /// An edge is out of reach. What its clients have heard nothing of from here, others may be able to tell them. What
+    /// they have stands still, until it is known whether somebody goes on with it.
+    pub fn edge_lost(self: &Arc<Self>, edge: &NodeId) {
+        let Stranded { unbegun, parked } = self.flights.strand(edge);
+        parked.iter().for_each(|request| self.cancel_in_engine(request));
+        self.give_up(unbegun, GivenUp::Unreached(SHUNNED));
+    }
+
+    /// What has waited for too long is decided: an edge that has not answered is out of reach, and one that was lost,
+    /// and had nobody go on with its requests, is gone with its clients.
+    pub fn look_after_waiting(self: &Arc<Self>) {
+        self.give_up(self.flights.unanswered(UNANSWERED_MAX), GivenUp::Unreached(SHUNNED));
+        self.cashier.land(self.flights.unpark(PARKED_MAX), &self.flights);
+    }
+
+    /// Leaves what flies and is chosen to other nodes.
+    pub fn hand_over(self: &Arc<Self>, which: impl Fn(u64, &NodeId) -> bool) {
+        self.give_up(self.flights.give_up(which), GivenUp::HandedOver);
+    }
+
     /// Fails what flies and is chosen: free of charge, and stopped in the engine.
-    pub fn fail(&self, which: impl Fn(u64, &NodeId) -> bool, code: FailureCode, message: &str) {
+    pub fn fail(self: &Arc<Self>, which: impl Fn(u64, &NodeId) -> bool, code: FailureCode, message: &str) {
         let landings = self.flights.fail(which, code, message);
         for landing in &landings {
             self.cancel_in_engine(&landing.claim.job.request);
@@ -189,12 +308,18 @@ impl Station {
     }
 
     /// Ends a request before it reached the engine.
-    pub fn end(&self, request: &RequestId, outcome: Outcome) {
+    pub fn end(self: &Arc<Self>, request: &RequestId, outcome: Outcome) {
         self.cashier.land(self.flights.land(request, outcome).into_iter().collect(), &self.flights);
     }
 
-    /// A worker of this generation or an older one is gone: so are its engine and all that it had.
-    pub fn retire(&self, generation: u64, why: &str) {
+    /// The same for one whose client went away meanwhile.
+    pub fn withdraw(self: &Arc<Self>, request: &RequestId) {
+        self.cashier.land(self.flights.withdraw(request).into_iter().collect(), &self.flights);
+    }
+
+    /// A worker of this generation or an older one is gone, and its engine with it: others go on with all that it had,
+    /// its successor among them.
+    pub fn retire(self: &Arc<Self>, generation: u64) {
         let mut bench = self.bench.lock();
         if bench.as_ref().is_some_and(|bench| bench.generation <= generation)
             && let Some(bench) = bench.take()
@@ -202,11 +327,13 @@ impl Station {
             bench.engine.shutdown();
         }
         drop(bench);
-        let landings = self.flights.fail(|of, _| of <= generation, FailureCode::WorkerFailed, why);
-        if !landings.is_empty() {
-            tracing::warn!(model = %self.model, requests = landings.len(), why, "failed the requests of a lost worker");
+        // Of what is tried out, the end will not be seen any more.
+        let trial = self.trials.lock().now.clone();
+        let claims = self.flights.give_up(|of, _| of <= generation);
+        if !claims.is_empty() {
+            tracing::warn!(model = %self.model, requests = claims.len(), "a lost worker's requests are to be gone on with");
         }
-        self.cashier.land(landings, &self.flights);
+        self.give_up(claims, GivenUp::Lost { trial });
     }
 
     /// The engine's count of steps; `None` while there is no engine.
@@ -216,7 +343,7 @@ impl Station {
 }
 
 fn begun(claim: &Claim) -> Begun {
-    let Claim { job, owner, attempt } = claim;
+    let Claim { job, owner, attempt, .. } = claim;
     Begun {
         request: job.request.clone(),
         tenant: job.tenant.clone(),
@@ -232,3 +359,10 @@ fn begun(claim: &Claim) -> Begun {
 
 /// What a client may hear of a worker's end; the log has the rest.
 pub const WORKER_LOST: &str = "the worker that had the request failed; it was not charged";
+
+/// An edge that has not said by then what a client knows cannot be reached.
+const UNANSWERED_MAX: Duration = Duration::from_secs(2);
+/// For so long, requests of an edge that could not be reached go to others, if there are any.
+const SHUNNED: Duration = Duration::from_secs(2);
+/// An edge that lives has had somebody else go on with its requests by then.
+const PARKED_MAX: Duration = Duration::from_secs(5);

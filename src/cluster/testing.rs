@@ -8,7 +8,7 @@ use crate::domain::{
 };
 
 pub fn claim(request: &str, edge: &str) -> Arc<Claim> {
-    Arc::new(Claim { job: job(request, edge), owner: NodeId::from("node_worker"), attempt: 1 })
+    Arc::new(Claim { job: job(request, edge), owner: NodeId::from("node_worker"), attempt: 1, losses: 0 })
 }
 
 pub fn job(request: &str, edge: &str) -> Job {

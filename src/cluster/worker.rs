@@ -9,14 +9,14 @@ use ractor::{Actor, ActorProcessingErr, ActorRef};
 use tokio::sync::mpsc;
 
 use super::{
-    flights::Outcome,
+    flights::{Allowed, Outcome},
     pool::PoolMessage,
     station::{Station, WORKER_LOST},
 };
 use crate::{
-    domain::{Claim, FailureCode, Telling},
-    engine::{EngineError, EngineHandle, EngineMessage, EngineRequest},
-    grammar::Constraint,
+    domain::{Claim, FailureCode, Priority, Telling, Told},
+    engine::{EngineError, EngineHandle, EngineMessage, EngineRequest, Resumed},
+    grammar::{Constraint, GrammarError},
 };
 
 /// Loads an engine that speaks to this sink. Blocks.
@@ -36,10 +36,28 @@ pub struct WorkerArguments {
 
 pub enum WorkerMessage {
     Loaded(Result<EngineHandle, EngineError>),
-    Submit(Vec<Arc<Claim>>),
+    Submit(Vec<Start>),
     EngineDied(String),
     #[cfg(test)]
     Panic,
+}
+
+/// A request that is to be decoded, from its beginning or from where another worker was.
+pub struct Start {
+    pub claim: Arc<Claim>,
+    pub told: Told,
+    pub allowed: Allowed,
+}
+
+impl Start {
+    fn ids_of(&self, choice: u32) -> &[u32] {
+        self.told.choices.get(choice as usize).map_or(&[], |known| &known.ids)
+    }
+
+    pub fn fresh(claim: Arc<Claim>) -> Self {
+        let allowed = Allowed { tokens: claim.job.allowed_tokens, is_all: false };
+        Self { claim, told: Told::default(), allowed }
+    }
 }
 
 pub struct WorkerState {
@@ -84,14 +102,14 @@ impl Actor for Worker {
                 state.engine = Some(engine.clone());
                 pool.cast(PoolMessage::WorkerReady(*generation, engine))?;
             }
-            WorkerMessage::Submit(claims) => {
+            WorkerMessage::Submit(starts) => {
                 let engine = state.engine.as_ref().ok_or("work came before the engine")?;
                 let station = &state.arguments.station;
-                for claim in claims {
-                    if claim.job.grammar.is_some() {
-                        tokio::spawn(compile_and_submit(Arc::clone(station), engine.clone(), claim));
+                for start in starts {
+                    if start.claim.job.grammar.is_some() {
+                        tokio::spawn(compile_and_submit(Arc::clone(station), engine.clone(), start));
                     } else {
-                        submit(station, engine, &claim, None);
+                        submit(station, engine, start, &[]);
                     }
                 }
             }
@@ -105,28 +123,53 @@ impl Actor for Worker {
 
 /// The same for a request whose answer must match a grammar: compiling takes milliseconds, which neither an actor
 /// nor an engine should spend.
-async fn compile_and_submit(station: Arc<Station>, engine: EngineHandle, claim: Arc<Claim>) {
+async fn compile_and_submit(station: Arc<Station>, engine: EngineHandle, start: Start) {
+    let claim = Arc::clone(&start.claim);
     let Some(source) = claim.job.grammar.clone() else { return };
     let (grammars, lane) = (Arc::clone(&station.grammars), claim.job.tenant.to_string());
-    let compiled = tokio::task::spawn_blocking(move || grammars.compile(&lane, &source)).await;
-    match compiled {
-        Ok(Ok(constraint)) => submit(&station, &engine, &claim, Some(constraint)),
+    let compiled = tokio::task::spawn_blocking(move || {
+        let constraint = grammars.compile(&lane, &source)?;
+        let read = (0..start.claim.job.choices).map(|choice| Held::behind(&constraint, start.ids_of(choice)));
+        let held = read.collect::<Result<Vec<_>, GrammarError>>()?;
+        Ok::<_, GrammarError>((start, held))
+    });
+    match compiled.await {
+        Ok(Ok((start, held))) => submit(&station, &engine, start, &held),
         Ok(Err(error)) => fail(&station, &claim, &format!("its grammar was not compiled: {error}")),
         Err(error) => fail(&station, &claim, &format!("compiling its grammar failed: {error}")),
     }
 }
 
-fn fail(station: &Station, claim: &Claim, why: &str) {
+/// A choice's place in the grammar of its request.
+struct Held {
+    constraint: Constraint,
+    /// Nothing may follow.
+    is_complete: bool,
+}
+
+impl Held {
+    fn behind(constraint: &Constraint, ids: &[u32]) -> Result<Self, GrammarError> {
+        let mut held = Self { constraint: constraint.clone(), is_complete: false };
+        for id in ids {
+            held.is_complete = held.constraint.accept(*id)?;
+        }
+        Ok(held)
+    }
+}
+
+fn fail(station: &Arc<Station>, claim: &Claim, why: &str) {
     tracing::error!(request = %claim.job.request, why, "the engine did not take a request");
     let failed = Outcome::Failed { code: FailureCode::WorkerFailed, message: WORKER_LOST.to_owned() };
     station.end(&claim.job.request, failed);
 }
 
-fn submit(station: &Station, engine: &EngineHandle, claim: &Claim, constraint: Option<Constraint>) {
+/// `held`: of each choice, where there is a grammar.
+fn submit(station: &Arc<Station>, engine: &EngineHandle, start: Start, held: &[Held]) {
+    let claim = Arc::clone(&start.claim);
     let job = &claim.job;
     match station.flights.is_cancelled(&job.request) {
         None => return,
-        Some(true) => return station.end(&job.request, Outcome::Withdrawn),
+        Some(true) => return station.withdraw(&job.request),
         Some(false) => {}
     }
     let choice = |choice| {
@@ -136,22 +179,30 @@ fn submit(station: &Station, engine: &EngineHandle, claim: &Claim, constraint: O
             request: job.request.clone(),
             choice,
             prompt: job.prompt.clone(),
+            resumed: Resumed {
+                tokens: start.ids_of(choice).to_vec(),
+                text_bytes: start.told.choices.get(choice as usize).map_or(0, |known| known.text_bytes),
+                is_complete: held.get(choice as usize).is_some_and(|held| held.is_complete),
+                prompt_tokens: if choice == 0 { start.told.prompt_tokens } else { 0 },
+            },
             output_tokens_max: job.output_tokens_max,
             sampling,
             stops: job.stops.clone(),
             // Of the prompt, one choice tells.
             telling: Telling { prompt_logprobs: job.telling.prompt_logprobs.filter(|_| choice == 0), ..job.telling },
-            constraint: constraint.clone(),
-            priority: job.priority,
+            constraint: held.get(choice as usize).map(|held| held.constraint.clone()),
+            // Who has waited before waits no more.
+            priority: if claim.attempt > 1 { Priority::High } else { job.priority },
             // To the engine tenants are lanes: it need not know what a tenant is to keep them apart.
             lane: job.tenant.as_str().into(),
             cache_salt: job.cache_salt.clone().into_bytes(),
-            allowed_tokens: job.allowed_tokens,
-            step_tokens: station.step_tokens,
+            allowed_tokens: start.allowed.tokens,
+            step_tokens: if start.allowed.is_all { 0 } else { station.step_tokens },
         }
     };
-    if let Err(error) = engine.submit((0..job.choices).map(choice).collect()) {
-        return fail(station, claim, &error.to_string());
+    let is_open = |choice: &u32| start.told.choices.get(*choice as usize).is_none_or(|known| known.ended.is_none());
+    if let Err(error) = engine.submit((0..job.choices).filter(is_open).map(choice).collect()) {
+        return fail(station, &claim, &error.to_string());
     }
     // Its client may have gone between the look and the submission, when the engine did not know it yet.
     if station.flights.is_cancelled(&job.request) != Some(false) {

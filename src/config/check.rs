@@ -113,7 +113,9 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
         "queue",
         &[
             ("depth_max", Integer(1, MANY)),
-            ("claim_lease_ms", Integer(1000, HOUR_MS)),
+            ("claim_lease_ms", Integer(500, HOUR_MS)),
+            ("takeover_ms_max", Integer(1000, HOUR_MS)),
+            ("losses_max", Integer(1, 100)),
             ("wait_ms_max", Integer(100, 24 * HOUR_MS)),
         ],
     ),

@@ -152,4 +152,6 @@ pub struct Claim {
     pub owner: NodeId,
     /// 1 for the first delivery.
     pub attempt: u32,
+    /// Workers that were lost with it before.
+    pub losses: u32,
 }

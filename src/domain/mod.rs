@@ -11,7 +11,7 @@ mod price;
 mod usage;
 
 pub use calendar::{Day, Month, NoMonth, utc_text};
-pub use event::{EventBody, FailureCode, FinishReason, FundsEnd, StoppedBy, TokenDetail, TokenEvent};
+pub use event::{EventBody, FailureCode, FinishReason, FundsEnd, StoppedBy, TokenDetail, TokenEvent, Told, ToldChoice};
 pub use ids::{KeyId, ModelId, NodeId, RequestId, TenantId};
 pub use job::{Claim, GrammarSource, Job, Priority, ReplyTo, SamplingParams, Stops, Telling};
 pub use money::{MoneyError, NanoUsd};

@@ -389,6 +389,12 @@ impl ApiError {
                 error.0.reason = "worker_lost";
                 error
             }
+            FailureCode::AttemptsExhausted => {
+                let why = "Every worker that ran your request was lost. It is not tried again. Nothing was charged.";
+                let mut error = Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", "attempts_exhausted", why);
+                error.0.never_retry = true;
+                error
+            }
             FailureCode::DeadlineExceeded => Self::unavailable(
                 "deadline_exceeded",
                 "No worker was free in time. Nothing was charged. Try again.",

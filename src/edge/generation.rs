@@ -88,7 +88,7 @@ pub async fn open(
         tracing::warn!(%error, "other edges will not know a request by the name that its client gave it");
     }
     let open = OpenRequest::new(Arc::clone(&state), request, tenant, model, wanted.own_id, arrived);
-    let reply = state.hub.open(&wanted.request);
+    let reply = state.hub.open(&wanted.request, &wanted.model);
     let now = unix_ms();
     let job = Job {
         request: wanted.request,
@@ -113,7 +113,10 @@ pub async fn open(
         deadline_unix_ms: now.saturating_add(u64::try_from(state.wait_max.as_millis()).unwrap_or(u64::MAX)),
     };
     match state.queue.publish(&job).await {
-        Ok(()) => Ok(Opened { reply, open, rates }),
+        Ok(()) => {
+            state.hub.published(job);
+            Ok(Opened { reply, open, rates })
+        }
         // After a lost answer the job may stand in the queue, or even be done.
         Err(error) => match open.refuse(!matches!(error, PublishError::Store(_))).await {
             None => Err(not_queued(error)),
@@ -235,8 +238,8 @@ impl Answering {
             match body {
                 EventBody::Accepted => {}
                 EventBody::Prompt { tokens } => return News::Prompt(tokens),
-                EventBody::Delta { choice, text, tokens, details } => {
-                    self.count(tokens);
+                EventBody::Delta { choice, text, ids, details } => {
+                    self.count(ids.len() as u32);
                     if !text.is_empty() || !details.is_empty() {
                         return News::Delta { choice, text, details };
                     }

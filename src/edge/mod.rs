@@ -20,6 +20,7 @@ mod generation;
 mod models;
 mod openapi;
 mod operations;
+mod orphans;
 mod rates;
 mod recording;
 mod server;

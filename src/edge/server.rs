@@ -24,7 +24,7 @@ use super::{
     auth, cancel,
     error::ApiError,
     openapi::Document,
-    operations, rates,
+    operations, orphans, rates,
     state::{EdgeSpec, EdgeState},
 };
 use crate::{
@@ -85,6 +85,8 @@ pub fn spawn(spec: EdgeSpec, listener: TcpListener) -> Result<EdgeHandle, EdgeEr
                     tokio::select! {
                         () = renewing.renew_holds() => {}
                         () = cancel::obey(Arc::clone(&renewing)) => {}
+                        () = orphans::pass_on(Arc::clone(&renewing)) => {}
+                        () = orphans::publish_again(Arc::clone(&renewing)) => {}
                         () = auth::learn_blocks(&renewing) => {}
                         _ = stopped => {}
                     }

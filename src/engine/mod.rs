@@ -56,6 +56,7 @@ pub struct EngineRequest {
     pub request: RequestId,
     pub choice: u32,
     pub prompt: Vec<u32>,
+    pub resumed: Resumed,
     pub output_tokens_max: u32,
     pub sampling: SamplingParams,
     pub stops: Stops,
@@ -67,11 +68,24 @@ pub struct EngineRequest {
     pub lane: Arc<str>,
     /// Within a lane, only requests of the same salt share what they have computed.
     pub cache_salt: Vec<u8>,
-    /// Tokens that all choices of the request may decode together until more are allowed; each of them says the same.
+    /// Tokens that all choices of the request may decode together, beside those that are resumed, until more are
+    /// allowed; each of them says the same.
     /// See [`EngineHandle::allow`].
     pub allowed_tokens: u32,
     /// When half of so many are left, as many more are asked for. 0: no more will come.
     pub step_tokens: u32,
+}
+
+/// What of a choice was decoded, and told of, by another engine: this one goes on behind it, as that one would have.
+#[derive(Clone, Debug, Default)]
+pub struct Resumed {
+    pub tokens: Vec<u32>,
+    /// Length of the text that was told of.
+    pub text_bytes: u32,
+    /// Nothing may follow, by the grammar.
+    pub is_complete: bool,
+    /// Tokens of the prompt that were told of, where they are to be.
+    pub prompt_tokens: u32,
 }
 
 /// What the engine tells its owner. One `Step` a step, with the events of all requests.
@@ -93,8 +107,8 @@ pub struct EngineEvent {
 pub enum EngineEventBody {
     /// The next of the prompt's tokens, from its second one on.
     Prompt { tokens: Vec<TokenDetail> },
-    /// `tokens` counts the decoded tokens since the last event, also those whose text is still held back.
-    Delta { text: String, tokens: u32, details: Vec<TokenDetail> },
+    /// The tokens whose text it is the last of; at the end of the choice, all that had not been told of.
+    Delta { text: String, ids: Vec<u32>, details: Vec<TokenDetail> },
     /// So many tokens more could be used by the choices of the request, whichever of them tells of it. Told once until
     /// some are allowed.
     NeedsTokens { wanted: u32 },

@@ -320,12 +320,20 @@ impl Runner {
             let message = fault.unwrap_or_default();
             self.events.push(EngineEvent { request, choice, body: EngineEventBody::Failed { message } });
         }
-        let outputs = good.iter().map(|(_, spec)| spec.output_tokens_max);
+        let outputs =
+            good.iter().map(|(_, spec)| spec.output_tokens_max.saturating_sub(spec.resumed.tokens.len() as u32));
         let shares = Share::split(allowed_tokens, step_tokens, outputs);
         for ((_, spec), share) in good.into_iter().zip(shares) {
             let (lane, priority) = (Arc::clone(&spec.lane), spec.priority);
-            let sequence = Sequence::new(spec, share, &self.pool, self.settings.block_tokens, &self.vocabulary);
-            self.waiting.join(&lane, priority, (self.clock)(), sequence);
+            let block_tokens = self.settings.block_tokens;
+            let (mut sequence, ending) = Sequence::new(spec, share, &self.pool, block_tokens, &self.vocabulary);
+            match ending {
+                None => self.waiting.join(&lane, priority, (self.clock)(), sequence),
+                Some(ending) => {
+                    self.events.push(sequence.event(sequence.finished(ending)));
+                    sequence.share.close();
+                }
+            }
         }
         self.ask_for_tokens(&request);
         self.end_unpaid();
@@ -361,7 +369,7 @@ impl Runner {
             Some("the prompt has no tokens".to_owned())
         } else if longest > context {
             Some(format!("prompt and output of {longest} tokens exceed the context of {context}"))
-        } else if spec.prompt.iter().any(|t| *t as usize >= self.vocabulary.len()) {
+        } else if spec.prompt.iter().chain(&spec.resumed.tokens).any(|t| *t as usize >= self.vocabulary.len()) {
             Some("a prompt token is outside the vocabulary".to_owned())
         } else {
             None

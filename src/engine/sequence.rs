@@ -3,7 +3,7 @@
 use sha2::{Digest, Sha256};
 
 use super::{
-    EngineEvent, EngineEventBody, EngineRequest,
+    EngineEvent, EngineEventBody, EngineRequest, Resumed,
     allowance::Share,
     blocks::{BlockPool, BlockTable},
     draft::Drafter,
@@ -43,12 +43,19 @@ pub struct Sequence {
     text: TextAssembler,
     /// Text of this step that is certain.
     said: String,
-    /// Decoded tokens that no event has counted yet.
-    uncounted: u32,
-    /// Those that no event has told of yet, each with the length of the decoded bytes before it.
-    details: Vec<(TokenDetail, usize)>,
+    /// Bytes of what will be certain next that were told of before it was resumed.
+    heard: usize,
+    /// Decoded tokens that no event has told of yet.
+    untold: Vec<Untold>,
     /// Bytes that the tokens so far decode to.
     decoded_bytes: usize,
+}
+
+struct Untold {
+    token: u32,
+    /// Length of the decoded bytes before it.
+    from: usize,
+    detail: Option<TokenDetail>,
 }
 
 /// How an answer ended.
@@ -58,41 +65,59 @@ pub struct Ending {
 }
 
 impl Sequence {
+    /// With the ending of one that had ended where it is resumed.
     pub fn new(
         mut spec: EngineRequest,
         share: Share,
         pool: &BlockPool,
         block_tokens: usize,
         vocabulary: &Vocabulary,
-    ) -> Self {
+    ) -> (Self, Option<Ending>) {
         let stops = std::mem::take(&mut spec.stops.strings);
         let mut ends = spec.stops.tokens.clone();
         if !spec.stops.ignore_eos {
             ends.extend_from_slice(&vocabulary.eos);
         }
-        let mut chain = Chain::new(&spec.lane, &spec.cache_salt, block_tokens);
-        chain.extend(&spec.prompt);
-        Self {
+        let resumed = std::mem::take(&mut spec.resumed);
+        let mut sequence = Self {
             share,
             may_decode: false,
             tokens: spec.prompt.clone(),
             computed: 0,
             blocks: pool.table(&spec.lane),
-            chain,
+            chain: Chain::new(&spec.lane, &spec.cache_salt, block_tokens),
             drafter: Drafter::new(),
             drafts: Vec::new(),
             constraint: spec.constraint.take().map(Box::new),
             shaper: Shaper::new(&spec.sampling, &spec.prompt, ends),
             cached_tokens: None,
-            prompt_told: 1,
+            prompt_told: 1 + resumed.prompt_tokens as usize,
             prompt_details: Vec::new(),
             text: TextAssembler::new(stops, spec.stops.are_shown, spec.stops.until.clone()),
             said: String::new(),
-            uncounted: 0,
-            details: Vec::new(),
+            heard: 0,
+            untold: Vec::new(),
             decoded_bytes: 0,
             spec,
+        };
+        let ending = sequence.resume(&resumed, vocabulary);
+        sequence.chain.extend(&sequence.tokens);
+        (sequence, ending)
+    }
+
+    /// Reads tokens of the answer that its client knows already.
+    fn resume(&mut self, resumed: &Resumed, vocabulary: &Vocabulary) -> Option<Ending> {
+        let mut ending = None;
+        for token in &resumed.tokens {
+            ending = ending.or(self.read(*token, None, vocabulary));
         }
+        if ending.is_none() && resumed.is_complete {
+            ending = Some(self.complete());
+        }
+        self.heard = (resumed.text_bytes as usize).saturating_sub(self.said.len());
+        self.said.clear();
+        self.untold.clear();
+        ending
     }
 
     pub fn demand(&self, priority: Priority) -> Demand {
@@ -146,7 +171,7 @@ impl Sequence {
         if self.cached_tokens.is_some() {
             return None;
         }
-        self.cached_tokens = Some(self.computed as u32);
+        self.cached_tokens = Some(self.computed.min(self.spec.prompt.len()) as u32);
         self.cached_tokens
     }
 
@@ -184,19 +209,20 @@ impl Sequence {
     /// Adds a decoded token, and what is to be told of it. The ending when the answer is over with it.
     pub fn accept(&mut self, token: u32, detail: Option<TokenDetail>, vocabulary: &Vocabulary) -> Option<Ending> {
         self.share.take();
+        self.read(token, detail, vocabulary)
+    }
+
+    fn read(&mut self, token: u32, detail: Option<TokenDetail>, vocabulary: &Vocabulary) -> Option<Ending> {
         self.tokens.push(token);
-        self.uncounted += 1;
         if let Some(shaper) = &mut self.shaper {
             shaper.accept(token);
         }
-        if let Some(detail) = detail {
-            self.details.push((detail, self.decoded_bytes));
-        }
+        self.untold.push(Untold { token, from: self.decoded_bytes, detail });
         let stop = |stopped_by| Some(Ending { reason: FinishReason::Stop, stopped_by });
         let is_stop = self.spec.stops.tokens.contains(&token) && !self.text.is_past_stops();
         if !self.spec.stops.ignore_eos && vocabulary.is_eos(token) || is_stop && !self.spec.stops.are_shown {
             self.said += &self.text.finish();
-            if let Some((detail, _)) = self.details.last_mut() {
+            if let Some(detail) = self.untold.last_mut().and_then(|last| last.detail.as_mut()) {
                 detail.is_hidden = true;
             }
             return stop(is_stop.then_some(StoppedBy::Token(token)));
@@ -210,8 +236,9 @@ impl Sequence {
         match self.text.push(bytes, may_stop) {
             Progress::Stopped { text, by, dropped } => {
                 self.said += &text;
-                for (detail, from) in &mut self.details {
-                    detail.is_hidden = *from >= self.decoded_bytes.saturating_sub(dropped);
+                let shown = self.decoded_bytes.saturating_sub(dropped);
+                for Untold { from, detail, .. } in &mut self.untold {
+                    detail.iter_mut().for_each(|detail| detail.is_hidden = *from >= shown);
                 }
                 stop(Some(StoppedBy::Text(by)))
             }
@@ -272,14 +299,25 @@ impl Sequence {
             let tokens = std::mem::take(&mut self.prompt_details);
             events.push(self.event(EngineEventBody::Prompt { tokens }));
         }
-        if !self.said.is_empty() || has_ended && !self.details.is_empty() {
+        if self.heard > 0 {
+            let heard = self.heard.min(self.said.len());
+            // It is always one, as long as engines decode the same.
+            let heard = self.said.ceil_char_boundary(heard);
+            self.said.drain(..heard);
+            self.heard = self.heard.saturating_sub(heard);
+        }
+        if !self.said.is_empty() || has_ended && !self.untold.is_empty() {
             let text = std::mem::take(&mut self.said);
-            let tokens = std::mem::take(&mut self.uncounted);
             // A token whose text waits may yet turn out to be part of what stops the answer.
-            let certain = if has_ended { usize::MAX } else { self.decoded_bytes - self.text.waiting() };
-            let told = self.details.iter().take_while(|(_, from)| *from < certain).count();
-            let details = self.details.drain(..told).map(|(detail, _)| detail).collect();
-            events.push(self.event(EngineEventBody::Delta { text, tokens, details }));
+            let certain = if has_ended { usize::MAX } else { self.decoded_bytes.saturating_sub(self.text.waiting()) };
+            let told = self.untold.iter().take_while(|untold| untold.from < certain).count();
+            let mut ids = Vec::with_capacity(told);
+            let mut details = Vec::new();
+            for Untold { token, detail, .. } in self.untold.drain(..told) {
+                ids.push(token);
+                details.extend(detail);
+            }
+            events.push(self.event(EngineEventBody::Delta { text, ids, details }));
         }
     }
 

@@ -72,6 +72,9 @@ pub enum LedgerError {
     Unknown(RequestId),
     #[error("{request} would cost {amount}, more than the {held} on hold for it")]
     ExceedsHold { request: RequestId, amount: NanoUsd, held: NanoUsd },
+    /// Another worker has it by now.
+    #[error("{0} was taken over; it is not this attempt's to settle")]
+    Superseded(RequestId),
     #[error("{0} was admitted for another key, model or price than it is settled with")]
     OtherTerms(RequestId),
     #[error("there is no tenant {0}")]
@@ -115,6 +118,21 @@ pub struct Settlement {
     pub reason: EndReason,
     /// SHA-256 of the ids of the tokens that were put out, where they are known.
     pub digest: Option<[u8; 32]>,
+    /// Of the claim under which it ran.
+    pub attempt: u32,
+}
+
+/// What a request that is taken over may decode.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TakenOver {
+    /// So much is on hold for it.
+    Held(NanoUsd),
+    /// Its last worker has settled it, with so many tokens, and then was lost: what is decoded again costs nothing.
+    Settled { completion_tokens: u32 },
+    /// The store has lost its hold, or has let it expire: the balance will be charged.
+    Unheld,
+    /// It was ended free of charge.
+    Ended,
 }
 
 /// Why a request that is charged came to its end.
@@ -199,6 +217,8 @@ pub enum ReleaseReason {
     /// The process that had it died. If its journal is found and says that tokens were decoded, they are charged late.
     WorkerLost,
     DeadlineExceeded,
+    /// Too many workers were lost with it.
+    AttemptsExhausted,
     Draining,
 }
 
@@ -210,6 +230,7 @@ impl ReleaseReason {
             Self::WorkerFailed => "worker_failed",
             Self::WorkerLost => "worker_lost",
             Self::DeadlineExceeded => "deadline_exceeded",
+            Self::AttemptsExhausted => "attempts_exhausted",
             Self::Draining => "draining",
         }
     }
@@ -318,6 +339,32 @@ impl Ledger {
         }
     }
 
+    /// Makes the worker of this attempt the only one that may settle a request.
+    ///
+    /// # Errors
+    /// [`LedgerError::Superseded`] where a later attempt has.
+    pub async fn take_over(
+        &self,
+        tenant: &TenantId,
+        request: &RequestId,
+        attempt: u32,
+    ) -> Result<TakenOver, LedgerError> {
+        let arguments = [tenant.as_str(), request.as_str(), &attempt.to_string()];
+        let mut reply = self.call(Function::TakeOver, tenant, &arguments).await?;
+        match reply.word() {
+            "held" => Ok(TakenOver::Held(entry::nano(&reply.next::<String>("hold")?, "hold")?)),
+            "posted" => Ok(TakenOver::Settled { completion_tokens: reply.next("tokens")? }),
+            "unheld" => match reply.next::<String>("end of the request")?.as_str() {
+                "" => Ok(TakenOver::Unheld),
+                ended if ended.starts_with("release expired ") => Ok(TakenOver::Unheld),
+                _ => Ok(TakenOver::Ended),
+            },
+            "superseded" => Err(LedgerError::Superseded(request.clone())),
+            "unknown_tenant" => Err(LedgerError::UnknownTenant(tenant.clone())),
+            _ => Err(reply.unexpected("take over").into()),
+        }
+    }
+
     /// Makes a request free, whether it has ended or not: it was asked again before it had answered.
     pub async fn forgive(&self, tenant: &TenantId, request: &RequestId) -> Result<(), LedgerError> {
         let reply = self.call(Function::Forgive, tenant, &[tenant.as_str(), request.as_str()]).await?;
@@ -342,7 +389,8 @@ impl Ledger {
     }
 
     async fn post(&self, settlement: &Settlement, begun: &str) -> Result<Settled, LedgerError> {
-        let Settlement { request, tenant, key, model, usage, price, price_version, reason, digest } = settlement;
+        let Settlement { request, tenant, key, model, usage, price, price_version, reason, digest, attempt } =
+            settlement;
         let amount = price.cost(usage)?;
         let numbers = [
             amount.nano().to_string(),
@@ -352,8 +400,9 @@ impl Ledger {
             price.input.nano().to_string(),
             price.output.nano().to_string(),
             price.cached_input.nano().to_string(),
+            attempt.to_string(),
         ];
-        let [cost, prompt, completion, cached, input, output, cached_input] = &numbers;
+        let [cost, prompt, completion, cached, input, output, cached_input, attempt] = &numbers;
         let digest = digest.map(hex::encode).unwrap_or_default();
         let arguments = [
             tenant.as_str(),
@@ -371,6 +420,7 @@ impl Ledger {
             reason.as_str(),
             &digest,
             begun,
+            attempt,
         ];
         fault::point("ledger.settle.asked");
         let mut reply = self.call(Function::Settle, tenant, &arguments).await?;
@@ -394,6 +444,7 @@ impl Ledger {
                 let held = entry::nano(&reply.next::<String>("hold")?, "hold")?;
                 Err(LedgerError::ExceedsHold { request: request.clone(), amount, held })
             }
+            "superseded" => Err(LedgerError::Superseded(request.clone())),
             "other_terms" => Err(LedgerError::OtherTerms(request.clone())),
             "overflow" => Err(MoneyError::Overflow.into()),
             "unknown_tenant" => Err(LedgerError::UnknownTenant(tenant.clone())),

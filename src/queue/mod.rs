@@ -10,6 +10,6 @@ pub mod outlet;
 pub mod relay;
 pub mod reply;
 
-pub use line::{PublishError, Queue, QueueLimits};
+pub use line::{Disowned, GivenUp, PublishError, Queue, QueueLimits, Renewed, Room};
 pub use outlet::{Order, Orders, Outgoing, Outlet};
-pub use reply::{ReplyHub, ReplyStream, WorkerLink};
+pub use reply::{Feedback, Orphan, ReplyHub, ReplyStream, WorkerLink};

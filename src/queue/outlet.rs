@@ -1,7 +1,8 @@
 //! The worker's way out: token events to the edge that each request came from.
 //!
-//! Promises that sending never waits, whichever edge is slow, and that whatever makes a request pointless
-//! (its client left, its edge is gone) comes back as an [`Order`]. Never keeps an event for later.
+//! Promises that sending never waits, whichever edge is slow, and that whatever edges have to say of a request (its
+//! client left, where to go on, somebody else has it, the edge itself is out of reach) comes back as an [`Order`]. Never
+//! keeps an event for later.
 
 use std::{sync::Arc, time::Duration};
 
@@ -9,10 +10,10 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::{
-    relay::{Dialer, Feedback, Pace, Secret},
-    reply::{Cancellations, ReplyHub, WorkerLink},
+    relay::{Dialer, FeedbackSink, Pace, Secret},
+    reply::{Feedback, Feedbacks, ReplyHub, WorkerLink},
 };
-use crate::domain::{Claim, NodeId, RequestId, TokenEvent};
+use crate::domain::{Claim, NodeId, TokenEvent};
 
 /// One event and the claim that says where it goes.
 pub struct Outgoing {
@@ -20,12 +21,11 @@ pub struct Outgoing {
     pub event: TokenEvent,
 }
 
-/// What edges want of the worker.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What a worker hears of edges.
+#[derive(Clone, Debug, PartialEq)]
 pub enum Order {
-    /// The client went away: stop, and bill what was decoded.
-    Cancel(RequestId),
-    /// Nothing reaches that edge any more, and its clients have been told of a failure: stop, free of charge.
+    Told(Feedback),
+    /// Nothing reaches that edge any more.
     EdgeLost(NodeId),
 }
 
@@ -47,11 +47,11 @@ impl Outlet {
     /// `hub` is the edge of this process, `relay` the way to those of others; either may be absent.
     pub fn new(node: NodeId, hub: Option<ReplyHub>, relay: Option<(Secret, Pace)>) -> (Self, Orders) {
         let inbox = Arc::new(Inbox::default());
-        let (link, cancellations) = WorkerLink::new();
+        let (link, feedbacks) = WorkerLink::new();
         let dialer = relay.map(|(secret, pace)| Dialer::new(node, secret, pace, inbox.clone()));
         let local = hub.map(|hub| (hub, link));
         let inner = Arc::new(Inner { local, dialer, orders: Arc::clone(&inbox) });
-        (Self { inner }, Orders { inbox, cancellations })
+        (Self { inner }, Orders { inbox, feedbacks })
     }
 
     /// Sends the events of one step. Never waits.
@@ -68,7 +68,7 @@ impl Outlet {
             let to = &claim.job.reply_to;
             match (&self.inner.local, &self.inner.dialer, &to.relay) {
                 (Some((hub, link)), _, _) if *hub.node() == to.node => {
-                    self.inner.orders.cancelled(hub.deliver(events, link));
+                    self.inner.orders.heard(hub.deliver(events, link));
                 }
                 (_, Some(dialer), Some(address)) => dialer.send(&to.node, address, events),
                 _ => {
@@ -101,10 +101,10 @@ impl Inbox {
     }
 }
 
-impl Feedback for Inbox {
-    fn cancelled(&self, requests: Vec<RequestId>) {
-        if !requests.is_empty() {
-            self.push(requests.into_iter().map(Order::Cancel));
+impl FeedbackSink for Inbox {
+    fn heard(&self, feedback: Vec<Feedback>) {
+        if !feedback.is_empty() {
+            self.push(feedback.into_iter().map(Order::Told));
         }
     }
 
@@ -116,7 +116,7 @@ impl Feedback for Inbox {
 /// The reading end of an outlet's orders; there is one.
 pub struct Orders {
     inbox: Arc<Inbox>,
-    cancellations: Cancellations,
+    feedbacks: Feedbacks,
 }
 
 impl Orders {
@@ -128,7 +128,7 @@ impl Orders {
                 return waiting;
             }
             tokio::select! {
-                requests = self.cancellations.next() => return requests.into_iter().map(Order::Cancel).collect(),
+                feedback = self.feedbacks.next() => return feedback.into_iter().map(Order::Told).collect(),
                 () = self.inbox.wake.notified() => {}
             }
         }

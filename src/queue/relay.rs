@@ -1,10 +1,10 @@
 //! Tokens between processes: one connection for each pair of edge and worker, whatever streams they share.
 //!
 //! The worker dials the edge that a job names, both prove that they hold the cluster's secret, and from
-//! then on one length-prefixed frame carries the events of all their streams that one engine step made;
-//! cancellations come back the same way. Promises that frames, queues and waits are bounded, and that a
-//! lost connection is told to both ends: the edge fails the streams that it served, the worker stops
-//! their requests. Never encrypts (the network between nodes is the operator's), never retries an event.
+//! then on one length-prefixed frame carries the events of all their streams that one engine step made; what the
+//! edge answers comes back the same way. Promises that frames, queues and waits are bounded, and that a
+//! lost connection is told to both ends: the edge has others go on with the requests that it served, the worker stops
+//! them. Never encrypts (the network between nodes is the operator's), never retries an event.
 
 mod dialer;
 mod listener;
@@ -12,7 +12,7 @@ mod wire;
 
 use std::time::Duration;
 
-pub use dialer::{Dialer, Feedback};
+pub use dialer::{Dialer, FeedbackSink};
 pub use listener::RelayListener;
 pub use wire::Secret;
 
@@ -32,9 +32,9 @@ pub struct Pace {
 impl Default for Pace {
     fn default() -> Self {
         Self {
-            handshake_max: Duration::from_secs(5),
-            alive: Duration::from_secs(2),
-            silence_max: Duration::from_secs(8),
+            handshake_max: Duration::from_secs(2),
+            alive: Duration::from_millis(500),
+            silence_max: Duration::from_secs(2),
         }
     }
 }
@@ -61,6 +61,8 @@ pub enum RelayError {
     Silent,
     #[error("an event of {0} bytes does not fit a frame")]
     TooLarge(usize),
+    #[error("the peer sent pieces that do not belong together")]
+    OutOfOrder,
 }
 
 #[cfg(test)]

@@ -153,7 +153,7 @@ pub(crate) fn blocks() -> [String; 2] {
 }
 
 /// The keys of a model's queue in the order in which `functions/queue.lua` takes them.
-pub(crate) fn queue(model: &ModelId) -> [String; 9] {
+pub(crate) fn queue(model: &ModelId) -> [String; 11] {
     let key = |part: &str| format!("lc:{{m:{model}}}:{part}");
     [
         key("jobs"),
@@ -165,6 +165,8 @@ pub(crate) fn queue(model: &ModelId) -> [String; 9] {
         key("claims"),
         key("owners"),
         key("meta"),
+        key("orphans"),
+        key("trials"),
     ]
 }
 

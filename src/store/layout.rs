@@ -4,7 +4,7 @@ use super::{Store, StoreError, keys};
 use crate::domain::TenantId;
 
 /// Counts up whenever keys or fields change their meaning.
-const LAYOUT: &str = "2";
+const LAYOUT: &str = "3";
 /// Stores of before there was a mark; their accounts do not say what is available.
 const UNMARKED: &str = "1";
 

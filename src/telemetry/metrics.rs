@@ -73,6 +73,8 @@ pub struct Metrics {
     pub journal_open_requests: IntGauge,
     /// Those that stay in it although they ended, or that the ledger has otherwise; anything but 0 is an alarm.
     pub journal_rests: IntGauge,
+    /// Requests taken over from workers that were lost, by model.
+    pub takeovers: IntCounterVec,
     /// Streams cut because their client read too slowly.
     pub slow_streams_cut: IntCounter,
     /// Webhooks by `outcome`: delivered, failed (an attempt, after which there may be others), dead (given up).
@@ -187,6 +189,11 @@ impl Metrics {
             journal_rests: plain_gauge(
                 "lightcone_journal_rests",
                 "Requests that stay in the journal although they ended, or that the ledger has otherwise; must be 0",
+            ),
+            takeovers: counter(
+                "lightcone_takeovers_total",
+                "Requests taken over from workers that were lost",
+                &["model"],
             ),
             slow_streams_cut: plain_counter(
                 "lightcone_slow_streams_cut_total",

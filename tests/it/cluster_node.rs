@@ -20,26 +20,37 @@ async fn until<F: Future<Output = bool>>(what: &str, mut look: impl FnMut() -> F
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_panic_in_flight_is_an_error_event_costs_nothing_and_the_worker_comes_back() {
+async fn a_request_that_panics_the_engine_ends_at_the_second_one_and_its_neighbours_go_on() {
     let home = Home::new("");
     let node = home.start(&[]);
     let key = home.key();
-    let mut bystander = node.ask(&key, "slowly <<slow:40>>", 200).await;
-    bystander.begun().await;
+    let undisturbed = node.ask(&key, "slowly <<slow:15>>", 120).await.rest().await;
+    let neighbours = (0..3).map(|_| async {
+        let mut answer = node.ask(&key, "slowly <<slow:15>>", 120).await;
+        let begun = answer.begun().await;
+        (begun, answer)
+    });
+    let neighbours = futures::future::join_all(neighbours).await;
     let told = node.ask(&key, "now <<panic:5>>", 50).await.rest().await;
-    assert!(told.error.is_some() && told.finish.is_none(), "{told:?}");
-    assert!(!told.error.unwrap().to_string().contains("scripted"), "the inside story is for the log");
-    let told = bystander.rest().await;
-    assert!(told.error.is_some(), "it shared the engine: {told:?}");
-    // Queued until the worker is back.
+    let error = told.error.expect("an error");
+    assert_eq!((&error["code"], &told.finish), (&json!("attempts_exhausted"), &None), "{error}");
+    assert!(error["message"].as_str().expect("a text").contains("Nothing was charged"), "{error}");
+    assert!(!error.to_string().contains("scripted"), "the inside story is for the log");
+    for (begun, answer) in neighbours {
+        let told = answer.rest().await;
+        assert_eq!((told.finish.as_deref(), told.done), (Some("length"), true), "{told:?}");
+        assert_eq!(begun + &told.text, undisturbed.text);
+        assert_eq!(told.usage.expect("usage")["completion_tokens"], json!(120));
+    }
     let told = node.ask(&key, "well", 8).await.rest().await;
     assert_eq!((told.finish.as_deref(), told.done), (Some("length"), true), "{told:?}");
     assert_eq!(told.usage.as_ref().map(|usage| &usage["completion_tokens"]), Some(&json!(8)));
-    let money = home.assert_settled(&[]);
-    let usage = told.usage.unwrap();
-    let price = usage["prompt_tokens"].as_i64().unwrap() * 200 + 8 * 300;
-    assert_eq!(money["charged_nano_usd"], json!(price), "only the last one was charged");
-    assert!(home.log_text().contains("starting another"));
+    let cost = |usage: &serde_json::Value| {
+        usage["prompt_tokens"].as_i64().unwrap() * 200 + usage["completion_tokens"].as_i64().unwrap() * 300
+    };
+    let price = 4 * cost(undisturbed.usage.as_ref().unwrap()) + cost(told.usage.as_ref().unwrap());
+    assert_eq!(home.assert_settled(&[])["charged_nano_usd"], json!(price), "the one that failed was not charged");
+    assert_eq!(home.log_text().matches("starting another").count(), 2);
     assert!(!home.log_text().contains("stack backtrace"));
 }
 
@@ -60,7 +71,8 @@ async fn a_model_that_fails_too_often_makes_the_node_unready_until_it_works_agai
     let home = Home::new("");
     let node = home.start(&[]);
     let key = home.key();
-    for _ in 0..6 {
+    // Each is tried twice.
+    for _ in 0..3 {
         let begun = std::time::Instant::now();
         let told = node.ask(&key, "now <<panic:1>>", 5).await.rest().await;
         assert!(begun.elapsed() < SOON, "the queue waited for a worker that was back");

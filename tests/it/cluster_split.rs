@@ -1,6 +1,9 @@
 //! Edge and worker as processes of their own, on an ordinary Redis, with tokens coming back over TCP.
 
+use std::time::{Duration, Instant};
+
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::support::process::{Home, Node, Redis};
 
@@ -13,7 +16,12 @@ struct Split {
 
 impl Split {
     fn start() -> Self {
-        let (home, redis) = (Home::new(""), Redis::start());
+        Self::of(Home::new(""), |_| ())
+    }
+
+    fn of(home: Home, configure: impl FnOnce(&Home)) -> Self {
+        configure(&home);
+        let redis = Redis::start();
         let made = home.run(&["keys", "bootstrap", "--redis-url", &redis.url]);
         assert_eq!(made["created"], true);
         let key = home.key();
@@ -51,15 +59,134 @@ async fn tokens_come_back_from_a_worker_of_another_process() {
     assert_eq!(split.charged(), 8 * price);
 }
 
+/// A request that is disturbed after it has begun: whether what its client got is what it gets undisturbed, and how long
+/// it heard nothing at most.
+async fn undisturbed_by(split: &Split, text: &str, disturb: impl AsyncFnOnce()) -> Duration {
+    let whole = split.edge.ask(&split.key, text, 200).await.rest().await;
+    let mut answer = split.edge.ask(&split.key, text, 200).await;
+    let mut got = answer.begun().await;
+    disturb().await;
+    let (mut gap, mut before) = (Duration::ZERO, Instant::now());
+    let mut is_done = false;
+    while let Some(data) = answer.next().await {
+        gap = gap.max(before.elapsed());
+        before = Instant::now();
+        is_done = data == "[DONE]";
+        if !is_done {
+            let chunk: Value = serde_json::from_str(&data).expect("JSON");
+            assert!(chunk["error"].is_null(), "{chunk}");
+            got += chunk["choices"][0]["delta"]["content"].as_str().unwrap_or_default();
+            if !chunk["usage"].is_null() {
+                assert_eq!(Some(&chunk["usage"]), whole.usage.as_ref());
+            }
+        }
+    }
+    assert_eq!((got, is_done), (whole.text, true));
+    let price = whole.usage.expect("usage")["prompt_tokens"].as_i64().expect("a number") * 200 + 200 * 300;
+    assert_eq!(split.charged(), 2 * price);
+    let posts = split.posts();
+    assert!(posts.len() == 2 && posts.iter().all(|post| post["note"] == "length"), "{posts:#?}");
+    gap
+}
+
+/// Within which another worker goes on.
+const TAKEN_OVER: Duration = Duration::from_secs(3);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_is_killed_fails_its_streams_at_once_and_another_takes_over_the_queue() {
+async fn a_stream_goes_on_when_its_worker_is_killed() {
     let split = Split::start();
+    let first = split.worker();
+    let mut second = None;
+    let gap = undisturbed_by(&split, "slowly <<slow:5>>", async || {
+        second = Some(split.worker());
+        first.kill();
+    });
+    let gap = gap.await;
+    assert!(gap < TAKEN_OVER, "{gap:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_waits_for_a_worker_when_the_only_one_is_killed() {
+    let split = Split::start();
+    let first = split.worker();
+    let mut second = None;
+    undisturbed_by(&split, "slowly <<slow:5>>", async || {
+        first.kill();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        second = Some(split.worker());
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_goes_on_when_its_worker_is_frozen_which_changes_nothing_when_it_thaws() {
+    let split = Split::start();
+    let first = split.worker();
+    let mut second = None;
+    let gap = undisturbed_by(&split, "slowly <<slow:10>>", async || {
+        second = Some(split.worker());
+        first.signal(Signal::SIGSTOP);
+    });
+    let gap = gap.await;
+    assert!(gap < TAKEN_OVER, "{gap:?}");
+    drop(second);
+    let before = split.posts();
+    first.signal(Signal::SIGCONT);
+    // It takes new requests, which it can only do after it has dealt with the old one.
+    let told = split.edge.ask(&split.key, "well", 5).await.rest().await;
+    assert_eq!(told.finish.as_deref(), Some("length"), "{told:?}");
+    split.charged();
+    let posts = split.posts();
+    assert_eq!((posts.len(), &posts[..2]), (3, &before[..]));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_goes_on_when_its_worker_is_stopped_and_cannot_end_it_in_time() {
+    let split = Split::start();
+    let mut first = split.worker();
+    let mut second = None;
+    let gap = undisturbed_by(&split, "slowly <<slow:40>>", async || {
+        second = Some(split.worker());
+        first.signal(Signal::SIGTERM);
+    });
+    let gap = gap.await;
+    assert!(gap < TAKEN_OVER, "{gap:?}");
+    assert_eq!(first.ended(), Some(0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_goes_on_when_the_store_is_killed() {
+    let mut split = Split::start();
+    let _worker = split.worker();
+    let mut answers = Vec::new();
+    for _ in 0..3 {
+        let mut answer = split.edge.ask(&split.key, "slowly <<slow:10>>", 300).await;
+        answer.begun().await;
+        answers.push(answer);
+    }
+    split.redis.kill();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    split.redis.restart();
+    for answer in answers {
+        let told = answer.rest().await;
+        assert_eq!((told.finish.as_deref(), told.done), (Some("length"), true), "{told:?}");
+    }
+    split.charged();
+    assert_eq!(split.posts().len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_that_nobody_takes_over_fails_and_its_journal_is_charged() {
+    let split = Split::of(Home::new(""), |home| {
+        home.configure("wait_ms_max = 30000", "wait_ms_max = 30000\ntakeover_ms_max = 1000")
+    });
     let worker = split.worker();
     let mut answer = split.edge.ask(&split.key, "slowly <<slow:20>>", 400).await;
     answer.begun().await;
     worker.kill();
     let told = answer.rest().await;
-    assert!(told.error.is_some(), "{told:?}");
+    let error = told.error.expect("an error")["message"].to_string();
+    assert!(error.contains("What it had decoded may be charged"), "{error}");
     // Nobody knows what it had decoded but its journal, which the next worker on this machine reads.
     assert_eq!(split.charged(), 0);
     let (_worker, next) =
@@ -73,24 +200,6 @@ async fn a_worker_that_is_killed_fails_its_streams_at_once_and_another_takes_ove
     let decoded = lost["usage"]["completion_tokens"].as_u64().expect("a number");
     assert!(decoded >= told.chunks && decoded < 400, "{decoded} of which {} were delivered", told.chunks);
     assert!(lost["usage"]["prompt_tokens"].as_u64().expect("a number") > 0);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_worker_that_is_frozen_fails_its_streams_and_settles_nothing_when_it_thaws() {
-    let split = Split::start();
-    let worker = split.worker();
-    let mut answer = split.edge.ask(&split.key, "slowly <<slow:20>>", 100).await;
-    answer.begun().await;
-    worker.signal(Signal::SIGSTOP);
-    let told = answer.rest().await;
-    assert!(told.error.is_some(), "{told:?}");
-    assert_eq!(split.charged(), 0);
-    worker.signal(Signal::SIGCONT);
-    // It takes new requests, which it can only do after it has dealt with the old one.
-    let told = split.edge.ask(&split.key, "well", 5).await.rest().await;
-    assert_eq!(told.finish.as_deref(), Some("length"), "{told:?}");
-    let usage = told.usage.unwrap();
-    assert_eq!(split.charged(), usage["prompt_tokens"].as_i64().unwrap() * 200 + 5 * 300);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

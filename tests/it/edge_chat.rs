@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use lightcone::domain::{EventBody, FailureCode, FinishReason, NanoUsd};
+use lightcone::{
+    domain::{EventBody, FailureCode, FinishReason, NanoUsd},
+    queue::Feedback,
+};
 use reqwest::Response;
 use serde_json::{Value, json};
 
@@ -251,8 +254,8 @@ async fn a_client_that_goes_away_midway_is_cancelled_at_its_worker_at_once() {
         } else {
             waiting.abort();
         }
-        let cancelled = tokio::time::timeout(Duration::from_secs(5), front.cancellations.next()).await.unwrap();
-        assert_eq!(cancelled, std::slice::from_ref(&claim.job.request));
+        let cancelled = tokio::time::timeout(Duration::from_secs(5), front.feedbacks.next()).await.unwrap();
+        assert_eq!(cancelled, [Feedback::Cancel(claim.job.request.clone())]);
         front.settle(&claim, 1, FinishReason::Cancelled).await;
         front.nothing_held().await;
     }
@@ -387,5 +390,5 @@ async fn a_whole_answer_that_takes_too_long_is_given_up() {
     let claim = front.claim().await;
     let _ = front.deliver(&claim, 0, vec![EventBody::Accepted]);
     assert_error(waiting.await.unwrap(), 503, "service_unavailable", None, "too slow").await;
-    assert_eq!(front.cancellations.next().await, std::slice::from_ref(&claim.job.request));
+    assert_eq!(front.feedbacks.next().await, [Feedback::Cancel(claim.job.request.clone())]);
 }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use lightcone::domain::{Claim, EventBody, FailureCode, FinishReason, NanoUsd};
+use lightcone::{
+    domain::{Claim, EventBody, FailureCode, FinishReason, NanoUsd},
+    queue::Feedback,
+};
 use reqwest::{RequestBuilder, Response};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -199,8 +202,8 @@ async fn a_cancelled_stream_ends_with_what_was_used_and_done() {
     assert_error(foreign, 404, "not_found", Some("id"), "another tenant's").await;
     let cancelled = front.http.post(&path).bearer_auth(&front.house.secret).send().await.expect("an answer");
     assert_eq!(cancelled.status(), 200);
-    let told = tokio::time::timeout(Duration::from_secs(5), front.cancellations.next()).await.expect("in time");
-    assert_eq!(told, std::slice::from_ref(&claim.job.request));
+    let told = tokio::time::timeout(Duration::from_secs(5), front.feedbacks.next()).await.expect("in time");
+    assert_eq!(told, [Feedback::Cancel(claim.job.request.clone())]);
     finish(&front, &claim, 2, FinishReason::Cancelled).await;
     let rest = begun + &answer.text().await.expect("the rest");
     assert!(rest.ends_with("data: [DONE]\n\n"), "{rest}");

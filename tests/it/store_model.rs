@@ -293,6 +293,7 @@ impl<'a> Case<'a> {
             price_version: terms.version.clone(),
             reason: EndReason::Stop,
             digest: None,
+            attempt: 1,
         };
         let ledger = &self.house.ledger;
         let answer = if begun { ledger.settle_begun(&settlement).await } else { ledger.settle(&settlement).await };

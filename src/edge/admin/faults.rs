@@ -68,6 +68,7 @@ fn of(error: OperatorError) -> ApiError {
             | LedgerError::Archived(_)
             | LedgerError::Archive(_)
             | LedgerError::ExceedsHold { .. }
+            | LedgerError::Superseded(_)
             | LedgerError::OtherTerms(_)
             | LedgerError::UnknownTenant(_)
             | LedgerError::Store(_) => unexpected(&why),

@@ -15,7 +15,7 @@ use super::*;
 use crate::{
     domain::{FinishReason, Priority, SamplingParams, StoppedBy, Stops, Telling, TokenDetail, Usage},
     engine::{
-        sampler,
+        Resumed, sampler,
         text::{Progress, TextAssembler},
     },
 };
@@ -130,6 +130,7 @@ fn request(id: &str, prompt: &[u32], output_tokens_max: u32) -> EngineRequest {
         choice: 0,
         request: id.into(),
         prompt: prompt.to_vec(),
+        resumed: Resumed::default(),
         output_tokens_max,
         sampling: SamplingParams { temperature: 0.0, seed: 1, ..SamplingParams::default() },
         stops: Stops { ignore_eos: true, ..Stops::default() },
@@ -638,3 +639,4 @@ proptest! {
 }
 
 mod paid;
+mod resumed;

@@ -20,20 +20,22 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Pace, RelayError, Secret,
-    wire::{ToEdge, ToWorker, Wire, decode, encode, frame_length, introduce, within},
+    wire::{Hearing, ToEdge, Wire, decode, encode, frame_length, introduce, within},
 };
-use crate::domain::{NodeId, RequestId, TokenEvent};
+use crate::{
+    domain::{NodeId, TokenEvent},
+    queue::reply::Feedback,
+};
 
 /// Batches (one an engine step) that may wait for one edge. An edge that lets more pile up is cut off.
 const QUEUE_BATCHES_MAX: usize = 1024;
 const DIAL_ATTEMPTS: u32 = 3;
 const DIAL_PAUSE: Duration = Duration::from_millis(100);
 
-/// What comes back from edges. Implementations must not wait.
-pub trait Feedback: Send + Sync + 'static {
-    /// Clients of that edge went away.
-    fn cancelled(&self, requests: Vec<RequestId>);
-    /// Nothing can be sent to that edge any more: its requests are pointless.
+/// Takes what comes back from edges. Implementations must not wait.
+pub trait FeedbackSink: Send + Sync + 'static {
+    fn heard(&self, feedback: Vec<Feedback>);
+    /// Nothing can be sent to that edge any more.
     fn edge_lost(&self, edge: &NodeId);
 }
 
@@ -48,7 +50,7 @@ struct Inner {
     secret: Secret,
     pace: Pace,
     links: Mutex<HashMap<NodeId, Link>>,
-    feedback: Arc<dyn Feedback>,
+    feedback: Arc<dyn FeedbackSink>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -60,7 +62,7 @@ struct Link {
 }
 
 impl Dialer {
-    pub fn new(node: NodeId, secret: Secret, pace: Pace, feedback: Arc<dyn Feedback>) -> Self {
+    pub fn new(node: NodeId, secret: Secret, pace: Pace, feedback: Arc<dyn FeedbackSink>) -> Self {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         Self { inner: Arc::new(Inner { node, secret, pace, links: Mutex::default(), feedback, tasks, stop }) }
     }
@@ -179,16 +181,13 @@ impl Inner {
             within(pace.silence_max, async { Ok(sink.close().await?) }).await
         };
         let read = async {
-            let mut heard = Instant::now();
+            let (mut heard, mut hearing) = (Instant::now(), Hearing::default());
             let mut check = interval(pace.alive);
             loop {
                 tokio::select! {
                     frame = source.next() => {
                         heard = Instant::now();
-                        match decode(&frame.ok_or(RelayError::Closed)??)? {
-                            ToWorker::Cancel(requests) => self.feedback.cancelled(requests),
-                            ToWorker::Alive => {}
-                        }
+                        self.feedback.heard(hearing.hear(decode(&frame.ok_or(RelayError::Closed)??)?)?);
                     }
                     _ = check.tick() => {
                         if heard.elapsed() > pace.silence_max {

@@ -12,14 +12,12 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Pace, RelayError, Secret,
-    wire::{ToEdge, ToWorker, Wire, decode, encode, greet, within},
+    wire::{ToEdge, ToWorker, Wire, decode, encode, greet, say, within},
 };
-use crate::queue::reply::{Cancellations, ReplyHub, WorkerLink};
+use crate::queue::reply::{Feedbacks, ReplyHub, WorkerLink};
 
 /// Workers beyond this many wait in the listen backlog.
 const CONNECTIONS_MAX: usize = 1024;
-/// Identifiers in one cancel frame; 48 bytes each stay far below the frame's limit.
-const CANCELS_PER_FRAME: usize = 4096;
 
 pub struct RelayListener {
     listener: TcpListener,
@@ -77,9 +75,9 @@ impl RelayListener {
 async fn connection(stream: TcpStream, hub: &ReplyHub, secret: &Secret, pace: Pace) -> Result<(), RelayError> {
     let (wire, worker) = greet(stream, hub.node(), secret, pace).await?;
     tracing::info!(%worker, "a worker connected");
-    let (link, cancels) = WorkerLink::new();
+    let (link, feedbacks) = WorkerLink::new();
     let _lost = LinkGuard { hub, link: &link };
-    pump(wire, hub, &link, cancels, pace).await
+    pump(wire, hub, &link, feedbacks, pace).await
 }
 
 /// However the connection ends, its streams must not wait for it.
@@ -98,7 +96,7 @@ async fn pump(
     wire: Wire,
     hub: &ReplyHub,
     link: &WorkerLink,
-    mut cancels: Cancellations,
+    mut feedbacks: Feedbacks,
     pace: Pace,
 ) -> Result<(), RelayError> {
     let (mut sink, mut source) = wire.split();
@@ -113,17 +111,17 @@ async fn pump(
                     None => return Err(RelayError::Closed),
                     Some(frame) => match decode(&frame?)? {
                         ToEdge::Events(events) => {
-                            for request in hub.deliver(events, link) {
-                                link.cancel(&request);
+                            for feedback in hub.deliver(events, link) {
+                                link.tell(feedback);
                             }
                         }
                         ToEdge::Alive => {}
                     },
                 }
             }
-            requests = cancels.next() => {
-                for some in requests.chunks(CANCELS_PER_FRAME) {
-                    let frame = encode(&ToWorker::Cancel(some.to_vec()))?;
+            feedback = feedbacks.next() => {
+                for frame in say(feedback)? {
+                    let frame = encode(&frame)?;
                     within(pace.silence_max, async { Ok(sink.send(frame).await?) }).await?;
                 }
             }

@@ -11,8 +11,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::*;
 use crate::{
-    domain::{EventBody, FailureCode, FinishReason, NodeId, RequestId, TokenEvent, Usage},
-    queue::reply::{ReplyHub, ReplyStream},
+    domain::{EventBody, FailureCode, FinishReason, ModelId, NodeId, RequestId, TokenEvent, Told, ToldChoice, Usage},
+    queue::reply::{Feedback, Orphan, ReplyHub, ReplyStream},
     telemetry::Metrics,
 };
 
@@ -43,6 +43,16 @@ impl EdgeEnd {
         tokio::spawn(listener.serve(hub.clone(), Secret::new(SECRET), brisk(), stop.clone(), TaskTracker::new()));
         Self { hub, address, stop }
     }
+
+    fn open(&self, request: &RequestId) -> ReplyStream {
+        self.hub.open(request, &ModelId::from("model"))
+    }
+
+    /// Requests whose worker was lost, and their attempts.
+    async fn orphans(&self) -> Vec<(RequestId, u32)> {
+        let orphans = timeout(SOON, self.hub.orphans()).await.expect("a worker is lost");
+        orphans.into_iter().map(|Orphan { request, attempt, .. }| (request, attempt)).collect()
+    }
 }
 
 impl Drop for EdgeEnd {
@@ -53,7 +63,7 @@ impl Drop for EdgeEnd {
 
 #[derive(Default)]
 struct Heard {
-    cancelled: Mutex<Vec<RequestId>>,
+    feedback: Mutex<Vec<Feedback>>,
     lost: Mutex<Vec<NodeId>>,
     wake: Notify,
 }
@@ -73,9 +83,9 @@ impl Heard {
     }
 }
 
-impl Feedback for Heard {
-    fn cancelled(&self, requests: Vec<RequestId>) {
-        self.cancelled.lock().extend(requests);
+impl FeedbackSink for Heard {
+    fn heard(&self, feedback: Vec<Feedback>) {
+        self.feedback.lock().extend(feedback);
         self.wake.notify_one();
     }
 
@@ -90,8 +100,13 @@ fn worker(secret: &str) -> (Dialer, Arc<Heard>) {
     (Dialer::new(NodeId::from("node_worker"), Secret::new(secret), brisk(), heard.clone()), heard)
 }
 
+/// Of the first attempt.
 fn event(request: &RequestId, seq: u32, body: EventBody) -> TokenEvent {
-    TokenEvent { request: request.clone(), seq, body }
+    TokenEvent { request: request.clone(), attempt: 1, seq, body }
+}
+
+fn accepted(request: &RequestId) -> TokenEvent {
+    event(request, 0, EventBody::Accepted)
 }
 
 fn delta(request: &RequestId, seq: u32, text: &str) -> TokenEvent {
@@ -111,9 +126,10 @@ async fn tokens_of_many_streams_cross_one_connection_in_order() {
     let edge = EdgeEnd::start(4096).await;
     let (dialer, _heard) = worker(SECRET);
     let requests: Vec<_> = (0..20).map(|n| RequestId::from(format!("r{n}"))).collect();
-    let mut streams: Vec<_> = requests.iter().map(|request| edge.hub.open(request)).collect();
+    let mut streams: Vec<_> = requests.iter().map(|request| edge.open(request)).collect();
     let node = edge.hub.node().clone();
-    for seq in 0..200 {
+    dialer.send(&node, &edge.address, requests.iter().map(accepted).collect());
+    for seq in 1..200 {
         let step = requests.iter().map(|request| delta(request, seq, "word ")).collect();
         dialer.send(&node, &edge.address, step);
     }
@@ -133,10 +149,10 @@ async fn events_larger_than_a_frame_together_are_split() {
     let edge = EdgeEnd::start(64).await;
     let (dialer, _heard) = worker(SECRET);
     let request = RequestId::from("long");
-    let mut stream = edge.hub.open(&request);
+    let mut stream = edge.open(&request);
     let text = "x".repeat(100_000);
-    let step = (0..30).map(|seq| delta(&request, seq, &text)).collect();
-    dialer.send(edge.hub.node(), &edge.address, step);
+    let step = (1..30).map(|seq| delta(&request, seq, &text));
+    dialer.send(edge.hub.node(), &edge.address, std::iter::once(accepted(&request)).chain(step).collect());
     for seq in 0..30 {
         assert_eq!(next(&mut stream).await.seq, seq);
     }
@@ -147,11 +163,11 @@ async fn a_client_that_goes_away_is_cancelled_at_the_worker() {
     let edge = EdgeEnd::start(64).await;
     let (dialer, heard) = worker(SECRET);
     let request = RequestId::from("r");
-    let mut stream = edge.hub.open(&request);
-    dialer.send(edge.hub.node(), &edge.address, vec![event(&request, 0, EventBody::Accepted)]);
+    let mut stream = edge.open(&request);
+    dialer.send(edge.hub.node(), &edge.address, vec![accepted(&request)]);
     next(&mut stream).await;
     drop(stream);
-    assert_eq!(heard.until(|heard| heard.cancelled.lock().pop()).await, request);
+    assert_eq!(heard.until(|heard| heard.feedback.lock().pop()).await, Feedback::Cancel(request));
 }
 
 #[tokio::test]
@@ -159,12 +175,14 @@ async fn a_slow_client_is_cut_and_the_others_go_on() {
     let edge = EdgeEnd::start(4).await;
     let (dialer, heard) = worker(SECRET);
     let (slow, quick) = (RequestId::from("slow"), RequestId::from("quick"));
-    let (mut slow_stream, mut quick_stream) = (edge.hub.open(&slow), edge.hub.open(&quick));
-    for seq in 0..10 {
+    let (mut slow_stream, mut quick_stream) = (edge.open(&slow), edge.open(&quick));
+    dialer.send(edge.hub.node(), &edge.address, vec![accepted(&slow), accepted(&quick)]);
+    next(&mut quick_stream).await;
+    for seq in 1..10 {
         dialer.send(edge.hub.node(), &edge.address, vec![delta(&slow, seq, "a"), delta(&quick, seq, "b")]);
         assert_eq!(next(&mut quick_stream).await.seq, seq);
     }
-    assert_eq!(heard.until(|heard| heard.cancelled.lock().pop()).await, slow);
+    assert_eq!(heard.until(|heard| heard.feedback.lock().pop()).await, Feedback::Cancel(slow));
     for _ in 0..4 {
         next(&mut slow_stream).await;
     }
@@ -176,8 +194,8 @@ async fn a_worker_with_the_wrong_secret_is_refused() {
     let edge = EdgeEnd::start(4).await;
     let (dialer, heard) = worker("another secret altogether");
     let request = RequestId::from("r");
-    let mut stream = edge.hub.open(&request);
-    dialer.send(edge.hub.node(), &edge.address, vec![event(&request, 0, EventBody::Accepted)]);
+    let mut stream = edge.open(&request);
+    dialer.send(edge.hub.node(), &edge.address, vec![accepted(&request)]);
     heard.until(|heard| heard.lost.lock().pop()).await;
     assert!(timeout(Duration::from_millis(50), stream.next()).await.is_err(), "nothing was delivered");
 }
@@ -202,16 +220,34 @@ async fn a_worker_refuses_an_edge_that_took_the_address_of_a_dead_one() {
 }
 
 #[tokio::test]
-async fn a_worker_that_dies_fails_the_streams_it_served() {
+async fn a_worker_that_dies_leaves_the_requests_that_it_served_to_others() {
     let edge = EdgeEnd::start(64).await;
     let (dialer, _heard) = worker(SECRET);
     let (request, other) = (RequestId::from("r"), RequestId::from("unclaimed"));
-    let (mut stream, _other) = (edge.hub.open(&request), edge.hub.open(&other));
-    dialer.send(edge.hub.node(), &edge.address, vec![event(&request, 0, EventBody::Accepted)]);
+    let (mut stream, _other) = (edge.open(&request), edge.open(&other));
+    dialer.send(edge.hub.node(), &edge.address, vec![accepted(&request)]);
     next(&mut stream).await;
     dialer.close(SOON).await;
-    assert!(is_failed(&next(&mut stream).await, FailureCode::WorkerLost));
-    assert_eq!(edge.hub.open_requests(), [other]);
+    assert_eq!(edge.orphans().await, [(request.clone(), 1)]);
+    // Another one is told where to go on, however much that is.
+    let (dialer, heard) = worker(SECRET);
+    let ids: Vec<u32> = (0..300_000).collect();
+    let told = Told { prompt_tokens: 0, choices: vec![ToldChoice { ids: ids.clone(), text_bytes: 0, ended: None }] };
+    let body = EventBody::Delta { choice: 0, text: String::new(), ids, details: Vec::new() };
+    let of = |attempt, seq, body| TokenEvent { request: request.clone(), attempt, seq, body };
+    let second = vec![of(2, 0, EventBody::Accepted), of(2, 1, body)];
+    dialer.send(edge.hub.node(), &edge.address, second);
+    next(&mut stream).await;
+    next(&mut stream).await;
+    dialer.close(SOON).await;
+    assert_eq!(edge.orphans().await, [(request.clone(), 2)]);
+    heard.feedback.lock().clear();
+    let (dialer, heard) = worker(SECRET);
+    dialer.send(edge.hub.node(), &edge.address, vec![of(3, 0, EventBody::Accepted)]);
+    let resume = Feedback::Resume { request: request.clone(), attempt: 3, told };
+    assert!(heard.until(|heard| heard.feedback.lock().pop()).await == resume);
+    assert_eq!(edge.hub.open_requests().len(), 2);
+    drop(dialer);
 }
 
 #[tokio::test]
@@ -220,8 +256,8 @@ async fn an_edge_that_dies_is_reported_lost_and_a_later_send_dials_again() {
     let (dialer, heard) = worker(SECRET);
     let request = RequestId::from("r");
     let (node, address) = (edge.hub.node().clone(), edge.address.clone());
-    let mut stream = edge.hub.open(&request);
-    dialer.send(&node, &address, vec![event(&request, 0, EventBody::Accepted)]);
+    let mut stream = edge.open(&request);
+    dialer.send(&node, &address, vec![accepted(&request)]);
     next(&mut stream).await;
     drop(edge);
     assert_eq!(heard.until(|heard| heard.lost.lock().pop()).await, node);
@@ -233,15 +269,15 @@ async fn an_edge_that_dies_is_reported_lost_and_a_later_send_dials_again() {
 async fn a_worker_that_freezes_is_noticed_by_its_silence() {
     let edge = EdgeEnd::start(64).await;
     let request = RequestId::from("r");
-    let mut stream = edge.hub.open(&request);
+    let mut stream = edge.open(&request);
     // A worker that proves the secret, sends one event and then never again.
     let socket = TcpStream::connect(&edge.address).await.unwrap();
     let me = NodeId::from("node_frozen");
     let mut wire = wire::introduce(socket, &me, edge.hub.node(), &Secret::new(SECRET)).await.unwrap();
-    let accepted = wire::ToEdge::Events(vec![event(&request, 0, EventBody::Accepted)]);
+    let accepted = wire::ToEdge::Events(vec![accepted(&request)]);
     futures::SinkExt::send(&mut wire, wire::encode(&accepted).unwrap()).await.unwrap();
     next(&mut stream).await;
-    assert!(is_failed(&next(&mut stream).await, FailureCode::WorkerLost));
+    assert_eq!(edge.orphans().await, [(request, 1)]);
     drop(wire);
 }
 

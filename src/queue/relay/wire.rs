@@ -13,7 +13,10 @@ use tokio::net::TcpStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::{Pace, RelayError};
-use crate::domain::{EventBody, NodeId, RequestId, StoppedBy, TokenDetail, TokenEvent};
+use crate::{
+    domain::{EventBody, NodeId, RequestId, StoppedBy, TokenDetail, TokenEvent},
+    queue::reply::Feedback,
+};
 
 /// No frame is larger; a peer that announces a larger one is cut.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
@@ -21,7 +24,9 @@ pub const FRAME_BYTES_MAX: usize = 1 << 20;
 const HANDSHAKE_BYTES_MAX: usize = 512;
 /// A frame is closed when its events come to about this much.
 const FRAME_BYTES_FULL: usize = FRAME_BYTES_MAX / 4;
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
+/// What is longer travels in pieces.
+const PIECE_BYTES_MAX: usize = FRAME_BYTES_MAX / 4;
 
 pub type Wire = Framed<TcpStream, LengthDelimitedCodec>;
 
@@ -91,7 +96,89 @@ pub enum ToEdge {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToWorker {
     Cancel(Vec<RequestId>),
+    /// Requests and their attempts.
+    Superseded(Vec<(RequestId, u32)>),
+    /// Requests of which the last event has arrived.
+    Heard(Vec<RequestId>),
+    /// A piece of what the client of a request was told, of which there may be much. Pieces of one request come one
+    /// behind the other.
+    Resume {
+        request: RequestId,
+        attempt: u32,
+        piece: Vec<u8>,
+        is_last: bool,
+    },
     Alive,
+}
+
+/// The frames that say it. Identifiers are 48 bytes each, so that those of one frame stay far below its limit.
+pub fn say(feedback: Vec<Feedback>) -> Result<Vec<ToWorker>, RelayError> {
+    let mut frames = Vec::new();
+    for feedback in feedback {
+        match (feedback, frames.last_mut()) {
+            (Feedback::Cancel(request), Some(ToWorker::Cancel(requests))) if requests.len() < NAMES_PER_FRAME => {
+                requests.push(request);
+            }
+            (Feedback::Cancel(request), _) => frames.push(ToWorker::Cancel(vec![request])),
+            (Feedback::Heard(request), Some(ToWorker::Heard(requests))) if requests.len() < NAMES_PER_FRAME => {
+                requests.push(request);
+            }
+            (Feedback::Heard(request), _) => frames.push(ToWorker::Heard(vec![request])),
+            (Feedback::Superseded { request, attempt }, Some(ToWorker::Superseded(requests)))
+                if requests.len() < NAMES_PER_FRAME =>
+            {
+                requests.push((request, attempt));
+            }
+            (Feedback::Superseded { request, attempt }, _) => {
+                frames.push(ToWorker::Superseded(vec![(request, attempt)]));
+            }
+            (Feedback::Resume { request, attempt, told }, _) => {
+                let told = postcard::to_stdvec(&told)?;
+                let pieces = told.len().div_ceil(PIECE_BYTES_MAX);
+                for (index, piece) in told.chunks(PIECE_BYTES_MAX).enumerate() {
+                    let (request, piece, is_last) = (request.clone(), piece.to_vec(), index + 1 == pieces);
+                    frames.push(ToWorker::Resume { request, attempt, piece, is_last });
+                }
+            }
+        }
+    }
+    Ok(frames)
+}
+
+const NAMES_PER_FRAME: usize = 4096;
+/// More is never told: choices times tokens of the longest answers, and then some.
+const TOLD_BYTES_MAX: usize = 64 << 20;
+
+/// Puts pieces together again.
+#[derive(Default)]
+pub struct Hearing {
+    begun: Option<(RequestId, u32, Vec<u8>)>,
+}
+
+impl Hearing {
+    pub fn hear(&mut self, frame: ToWorker) -> Result<Vec<Feedback>, RelayError> {
+        Ok(match frame {
+            ToWorker::Alive => Vec::new(),
+            ToWorker::Cancel(requests) => requests.into_iter().map(Feedback::Cancel).collect(),
+            ToWorker::Heard(requests) => requests.into_iter().map(Feedback::Heard).collect(),
+            ToWorker::Superseded(requests) => {
+                let superseded = |(request, attempt)| Feedback::Superseded { request, attempt };
+                requests.into_iter().map(superseded).collect()
+            }
+            ToWorker::Resume { request, attempt, piece, is_last } => {
+                let (of, by, mut told) = self.begun.take().unwrap_or_else(|| (request.clone(), attempt, Vec::new()));
+                if (&of, by) != (&request, attempt) || told.len() + piece.len() > TOLD_BYTES_MAX {
+                    return Err(RelayError::OutOfOrder);
+                }
+                told.extend(piece);
+                if !is_last {
+                    self.begun = Some((request, attempt, told));
+                    return Ok(Vec::new());
+                }
+                vec![Feedback::Resume { request, attempt, told: postcard::from_bytes(&told)? }]
+            }
+        })
+    }
 }
 
 /// The edge's side of the handshake; answers with the worker's name.
@@ -188,7 +275,7 @@ pub fn frame_length(events: &[TokenEvent]) -> usize {
         // A token and its logprob take at most so many bytes.
         let told = |tokens: &[TokenDetail]| tokens.iter().map(|detail| 16 + 9 * detail.top.len()).sum::<usize>();
         let told = match &event.body {
-            EventBody::Delta { text, details, .. } => text.len() + told(details),
+            EventBody::Delta { text, ids, details, .. } => text.len() + 5 * ids.len() + told(details),
             EventBody::Prompt { tokens } => told(tokens),
             EventBody::ChoiceEnded { stopped_by: Some(StoppedBy::Text(text)), .. }
             | EventBody::Failed { message: text, .. } => text.len(),

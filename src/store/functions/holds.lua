@@ -238,6 +238,43 @@ local function extend(keys, args)
   return {'extended', whole(paid), by}
 end
 
+-- From now on only the worker of this attempt, or of a later one, may settle the request. Arguments: tenant, request,
+-- attempt. Answers what is on hold, or what became of the request: how many tokens it was charged for.
+local function take_over(keys, args)
+  local ask = named(args, {'tenant', 'request', 'attempt'})
+  local _, refusal = known(keys)
+  if refusal then
+    return refusal
+  end
+  local held, packed = redis.call('HGET', keys[HOLDS], ask.request), redis.call('HGET', keys[TERMS], ask.request)
+  if held and packed then
+    local terms, behind = unpack_terms(packed)
+    if tonumber(behind.attempt) > tonumber(ask.attempt) then
+      return {'superseded'}
+    end
+    behind.attempt = ask.attempt
+    local values = {pack_terms(terms)}
+    for _, name in ipairs(BEHIND_TERMS) do
+      values[#values + 1] = behind[name]
+    end
+    redis.call('HSET', keys[TERMS], ask.request, table.concat(values, '\31'))
+    return {'held', held}
+  end
+  local ended = redis.call('HGET', keys[ENDED], ask.request) or ''
+  local seq = string.match(ended, '^post %S+ (%d+)$')
+  local posted = seq and redis.call('XRANGE', keys[ENTRIES], seq .. '-0', seq .. '-0')[1]
+  if not posted then
+    return {'unheld', ended}
+  end
+  local fields = posted[2]
+  for index = 1, #fields, 2 do
+    if fields[index] == 'completion' then
+      return {'posted', fields[index + 1]}
+    end
+  end
+  return redis.error_reply('DAMAGED ' .. keys[ENTRIES] .. ' has a charge without its tokens')
+end
+
 -- Moves what the tenant's own statistics show, by the time of the entry.
 local function count_usage(keys, entry)
   local at = tonumber(entry.at)
@@ -353,7 +390,7 @@ end
 -- Charges a request. Arguments as named; the terms are those of its hold.
 local SETTLE_ARGS = {
   'tenant', 'request', 'amount', 'key', 'model', 'prompt', 'completion', 'cached', 'input', 'output', 'cached_input',
-  'version', 'note', 'digest', 'begun',
+  'version', 'note', 'digest', 'begun', 'attempt',
 }
 
 local function settle(keys, args)
@@ -381,6 +418,9 @@ local function settle(keys, args)
   if held then
     if pack_terms(terms) ~= pack_terms(entry) then
       return {'other_terms'}
+    end
+    if tonumber(behind.attempt) > tonumber(entry.attempt) then
+      return {'superseded'}
     end
     if redis.call('HINCRBY', keys[HOLDS], request, minus(entry.amount)) < 0 then
       redis.call('HINCRBY', keys[HOLDS], request, entry.amount)
@@ -482,6 +522,7 @@ local FREES = {'allow-oom'}
 
 register('hold', hold)
 register('extend', extend)
+register('take_over', take_over, FREES)
 register('forgive', forgive, FREES)
 register('settle', settle, FREES)
 register('release', release, FREES)

@@ -141,8 +141,8 @@ local function pack_terms(terms)
 end
 
 -- What stands behind the terms of a hold: the day that it counts for, the tokens that it counts with, what its tenant's
--- tier allowed to be spent, and how long its lease is.
-local BEHIND_TERMS = {'day', 'tokens', 'spend_per_day', 'spend_per_month', 'lease_ms'}
+-- tier allowed to be spent, how long its lease is, and the attempt whose worker may settle, once there was more than one.
+local BEHIND_TERMS = {'day', 'tokens', 'spend_per_day', 'spend_per_month', 'lease_ms', 'attempt'}
 
 local function unpack_terms(text)
   local terms, behind, values = {}, {}, {}

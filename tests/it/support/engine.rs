@@ -4,7 +4,9 @@ use std::{collections::HashMap, sync::Arc};
 
 use lightcone::{
     domain::{FinishReason, ModelId, Priority, RequestId, SamplingParams, Stops, Telling, Usage},
-    engine::{self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec, Speculation},
+    engine::{
+        self, Backend, EngineEventBody, EngineHandle, EngineMessage, EngineRequest, EngineSpec, Resumed, Speculation,
+    },
     prompt::Tokenizer,
     telemetry::Metrics,
 };
@@ -49,6 +51,7 @@ pub fn request(id: &str, text: &str, output_tokens_max: u32) -> EngineRequest {
         request: RequestId::from(id),
         choice: 0,
         prompt: tokens(&format!("<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")),
+        resumed: Resumed::default(),
         output_tokens_max,
         sampling: SamplingParams { temperature: 0.0, ..SamplingParams::default() },
         stops: Stops::default(),
@@ -91,10 +94,10 @@ impl Served {
                 match event.body {
                     EngineEventBody::Prompt { .. } => {}
                     EngineEventBody::NeedsTokens { wanted } => self.handle.allow(&event.request, wanted, None),
-                    EngineEventBody::Delta { text, tokens, .. } => {
+                    EngineEventBody::Delta { text, ids, .. } => {
                         let entry = texts.entry(id).or_default();
                         entry.0 += &text;
-                        entry.1 += tokens;
+                        entry.1 += ids.len() as u32;
                     }
                     EngineEventBody::Finished { reason, usage, .. } => {
                         let (text, counted) = texts.remove(&id).unwrap_or_default();

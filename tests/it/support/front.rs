@@ -15,7 +15,10 @@ use lightcone::{
     ledger::{EndReason, Ledger, Prices, ReleaseReason, Settlement},
     model::Vocabulary,
     prompt::{Encoder, PromptError, PromptModel, Template},
-    queue::{Queue, QueueLimits, ReplyHub, WorkerLink, reply::Cancellations},
+    queue::{
+        Queue, QueueLimits, ReplyHub, Room, WorkerLink,
+        reply::{Feedback, Feedbacks},
+    },
     records::{Records, Retention},
     telemetry::Metrics,
 };
@@ -52,7 +55,7 @@ pub struct Front {
     pub http: reqwest::Client,
     pub edge: Option<EdgeHandle>,
     link: WorkerLink,
-    pub cancellations: Cancellations,
+    pub feedbacks: Feedbacks,
     worker: NodeId,
 }
 
@@ -126,9 +129,9 @@ impl Front {
         let (queue, hub, metrics) = (spec.queue.clone(), spec.hub.clone(), Arc::clone(&spec.metrics));
         let edge = Self::open(spec);
         let url = format!("http://{}", edge.address);
-        let (link, cancellations) = WorkerLink::new();
+        let (link, feedbacks) = WorkerLink::new();
         let (http, worker) = (reqwest::Client::new(), NodeId::generate());
-        Self { house, queue, hub, metrics, url, http, edge: Some(edge), link, cancellations, worker }
+        Self { house, queue, hub, metrics, url, http, edge: Some(edge), link, feedbacks, worker }
     }
 
     /// Another edge on the same store.
@@ -143,7 +146,10 @@ impl Front {
 
     fn spec(house: &House, furniture: Furniture) -> EdgeSpec {
         let Furniture { settings, depth_max, lease: hold_lease, limits, priority_max, .. } = furniture;
-        let queue = Queue::new(house.store.clone(), QueueLimits { depth_max, claim_lease: LEASE });
+        let queue = Queue::new(
+            house.store.clone(),
+            QueueLimits { depth_max, claim_lease: LEASE, takeover_max: LEASE, losses_max: 2 },
+        );
         let metrics = Arc::new(Metrics::new());
         let hub = ReplyHub::new(NodeId::generate(), settings.stream_buffer_events, None, metrics.clone());
         let control = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"].map(str::to_owned).to_vec();
@@ -222,7 +228,8 @@ impl Front {
     /// The next request in the queue, waiting for it.
     pub async fn claim(&self) -> Claim {
         for _ in 0..2_000 {
-            if let Some(claim) = self.queue.claim(&MODEL.into(), &self.worker, 1).await.expect("a claim").pop() {
+            let room = Room { to_take_over: 1, to_begin: 1 };
+            if let Some(claim) = self.queue.claim(&MODEL.into(), &self.worker, room).await.expect("a claim").pop() {
                 return claim;
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -230,10 +237,10 @@ impl Front {
         panic!("nothing was published");
     }
 
-    /// Events with the sequence numbers from `seq` on. Answers the requests that the edge does not want.
-    pub fn deliver(&self, claim: &Claim, seq: u32, bodies: Vec<EventBody>) -> Vec<RequestId> {
-        let request = &claim.job.request;
-        let number = |(seq, body)| TokenEvent { request: request.clone(), seq, body };
+    /// Events with the sequence numbers from `seq` on. Answers what the edge has to say to them.
+    pub fn deliver(&self, claim: &Claim, seq: u32, bodies: Vec<EventBody>) -> Vec<Feedback> {
+        let (request, attempt) = (&claim.job.request, claim.attempt);
+        let number = |(seq, body)| TokenEvent { request: request.clone(), attempt, seq, body };
         self.hub.deliver((seq..).zip(bodies).map(number).collect(), &self.link)
     }
 
@@ -252,6 +259,7 @@ impl Front {
             price_version: job.price_version.clone(),
             reason: EndReason::of(reason, None),
             digest: None,
+            attempt: claim.attempt,
         };
         self.house.ledger.settle(&settlement).await.expect("a settlement");
         self.acknowledge(claim, completion_tokens).await;

@@ -111,6 +111,7 @@ pub fn settlement(admitted: &AdmittedRequest, completion_tokens: u32) -> Settlem
         price_version: admitted.price_version().to_owned(),
         reason: EndReason::Stop,
         digest: None,
+        attempt: 1,
     }
 }
 

@@ -328,12 +328,12 @@ impl Answer {
         }
     }
 
-    /// Waits for the first piece of text.
-    pub async fn begun(&mut self) {
+    /// Waits for the first piece of text, and answers it.
+    pub async fn begun(&mut self) -> String {
         while let Some(data) = self.next().await {
             let chunk: Value = serde_json::from_str(&data).expect("JSON");
-            if chunk["choices"][0]["delta"]["content"].as_str().is_some_and(|text| !text.is_empty()) {
-                return;
+            if let Some(text) = chunk["choices"][0]["delta"]["content"].as_str().filter(|text| !text.is_empty()) {
+                return text.to_owned();
             }
         }
         panic!("the stream ended before its first text");
@@ -409,6 +409,12 @@ impl Redis {
 
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("a status").is_none()
+    }
+
+    /// As a crash would.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 
     /// The same server again, with what it had written.
