@@ -49,6 +49,16 @@ pub enum Role {
     Worker,
 }
 
+impl Role {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Edge => "edge",
+            Self::Worker => "worker",
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LogFormat {
@@ -62,6 +72,7 @@ pub struct Node {
     pub role: Role,
     pub data_dir: PathBuf,
     pub drain_ms_max: u64,
+    pub status_listen: String,
     pub memory_max_mib: usize,
     pub log: String,
     pub log_format: LogFormat,
@@ -112,6 +123,7 @@ pub enum AppendFsync {
 #[serde(deny_unknown_fields)]
 pub struct Queue {
     pub depth_max: usize,
+    pub start_ms_max: u64,
     pub claim_lease_ms: u64,
     pub takeover_ms_max: u64,
     pub losses_max: u32,
@@ -296,6 +308,12 @@ pub fn check_price(price: Price, is_free: bool) -> Result<Price, PriceFault> {
 }
 
 impl Config {
+    /// Where a worker without an edge says how it is.
+    pub fn status_address(&self) -> Option<SocketAddr> {
+        let text = &self.node.status_listen;
+        (!text.is_empty()).then(|| text.parse().expect("a loaded configuration is sound"))
+    }
+
     /// Where archives of the ledger lie.
     pub fn archive_dir(&self) -> PathBuf {
         let given = &self.ledger.archive_dir;

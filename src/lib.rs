@@ -6,6 +6,7 @@ mod child;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod directory;
 pub mod domain;
 pub mod edge;
 pub mod engine;

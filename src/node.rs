@@ -28,8 +28,9 @@ use crate::{
     admission::{Admission, Guard, GuardLimits, LimitKind, Limits, Tier, Tiers},
     cluster::{self, ArchivePlan, Cluster, ClusterContext, ClusterError, Others, PoolStatus, RecoveryError, Upkeep},
     config::{self, AppendFsync, Config, PriceFault, Role, ServiceTier},
+    directory::{Directory, NodeCard, NodeState},
     domain::{ModelId, NanoUsd, NodeId, Priority},
-    edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel},
+    edge::{self, EdgeError, EdgeHandle, EdgeSpec, Readiness, ServedModel, WatchHandle},
     engine::EngineError,
     journal::{Journal, JournalError},
     ledger::{Ledger, Prices, RECEIPT_KEY_FILE, ReceiptKeyError, Receipts},
@@ -43,7 +44,7 @@ use crate::{
         Store, StoreError,
         embedded::{EmbeddedError, EmbeddedServer, Fsync},
     },
-    telemetry::Metrics,
+    telemetry::{Metrics, unix_ms},
     webhooks::{self, Dispatcher},
 };
 
@@ -109,6 +110,8 @@ pub struct Node {
     address: Option<SocketAddr>,
     bootstrap: Option<Bootstrap>,
     edge: Option<EdgeHandle>,
+    /// Where there is no edge that says how the node is.
+    watch: Option<WatchHandle>,
     /// Where there is an edge, and it is wanted here.
     webhooks: Option<Dispatcher>,
     cluster: Cluster,
@@ -141,7 +144,10 @@ impl Node {
             Role::Edge | Role::Worker => None,
         };
         // Taken before anything slow, so that a busy port is known at once.
-        let http = (role != Role::Worker).then(|| listen(config.edge.listen)).transpose()?;
+        let http = match role {
+            Role::All | Role::Edge => Some(listen(config.edge.listen)?),
+            Role::Worker => config.status_address().map(listen).transpose()?,
+        };
         let models = {
             let config = config.clone();
             tokio::task::spawn_blocking(move || models::open(&config)).await??
@@ -165,6 +171,7 @@ impl Node {
         let claim_lease = Duration::from_millis(config.queue.claim_lease_ms);
         let limits = QueueLimits {
             depth_max: config.queue.depth_max,
+            start_max: Duration::from_millis(config.queue.start_ms_max),
             claim_lease,
             takeover_max: Duration::from_millis(config.queue.takeover_ms_max),
             losses_max: config.queue.losses_max,
@@ -194,8 +201,24 @@ impl Node {
             Role::All | Role::Edge => open_hub(&config, node.clone(), secret.clone(), &metrics).await?,
         };
         let (outlet, orders) = Outlet::new(node.clone(), hub.clone(), secret.map(|secret| (secret, Pace::default())));
+        let card = NodeCard {
+            node: node.clone(),
+            host: nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+            role: role.as_str().to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_unix_ms: unix_ms(),
+            state: NodeState::Ready,
+            http: http.as_ref().and_then(|listener| listener.local_addr().ok()).map(|address| address.to_string()),
+            relay: hub.as_ref().and_then(|hub| hub.reply_to().relay),
+            open_streams: 0,
+            models: Vec::new(),
+            actors: Vec::new(),
+        };
         let context = ClusterContext {
             node,
+            directory: Directory::new(store.clone(), NODE_LEASE),
+            card,
+            hub: hub.clone(),
             queue: queue.clone(),
             ledger: ledger.clone(),
             outlet,
@@ -218,6 +241,7 @@ impl Node {
             address: None,
             bootstrap,
             edge: None,
+            watch: None,
             webhooks: None,
             cluster,
             relay,
@@ -229,7 +253,22 @@ impl Node {
             started.stop(Duration::ZERO).await;
             return Err(error.into());
         }
-        if let (Some(listener), Some(hub)) = (http, hub) {
+        if role == Role::Worker
+            && let Some(listener) = http
+        {
+            let readiness = readiness(store, &started.cluster, false);
+            let watching = tokio::task::spawn_blocking(move || edge::watch(listener, readiness, metrics)).await?;
+            match watching {
+                Ok(watch) => {
+                    started.address = Some(watch.address);
+                    started.watch = Some(watch);
+                }
+                Err(error) => {
+                    started.stop(Duration::ZERO).await;
+                    return Err(error.into());
+                }
+            }
+        } else if let (Some(listener), Some(hub)) = (http, hub) {
             match started
                 .open_edge(listener, hub, &models, Rooms { store: store.clone(), ledger, queue, receipts })
                 .await
@@ -281,10 +320,16 @@ impl Node {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
+        if let Some(watch) = &self.watch {
+            watch.drain();
+        }
         // Before the edge, so that what is failed here is free and its clients hear of it.
         self.cluster.drain(deadline).await;
         if let Some(edge) = self.edge {
             edge.stop(STREAMS_CLOSE_MAX.min(grace)).await;
+        }
+        if let Some(watch) = self.watch {
+            watch.stop().await;
         }
         if let Some(webhooks) = self.webhooks {
             webhooks.stop(WEBHOOKS_CLOSE_MAX.min(grace)).await;
@@ -320,12 +365,13 @@ impl Node {
                 .with_step(config.ledger.step_tokens),
             guard: Guard::new(store.clone(), guard_limits(&config.edge)),
             receipts,
+            directory: Directory::new(store.clone(), NODE_LEASE),
             records: Records::new(store.clone(), retention(&config.edge), ledger.hold_lease()),
             ledger,
             queue,
             hub,
             metrics: Arc::clone(&self.metrics),
-            readiness: readiness(store, &self.cluster),
+            readiness: readiness(store, &self.cluster, true),
             runtime: tokio::runtime::Handle::current(),
         };
         Ok(tokio::task::spawn_blocking(move || edge::spawn(spec, listener)).await??)
@@ -400,6 +446,9 @@ fn retention(edge: &crate::config::Edge) -> Retention {
     Retention { records: hours(edge.record_hours), once: hours(edge.idempotency_hours) }
 }
 
+/// A node that has said nothing for so long shows as lost.
+const NODE_LEASE: Duration = Duration::from_secs(6);
+
 /// In the data folder.
 const JOURNALS: &str = "journal";
 
@@ -468,7 +517,7 @@ async fn open_hub(
     Ok((Some(hub), Some(relay)))
 }
 
-fn readiness(store: Store, cluster: &Cluster) -> Readiness {
+fn readiness(store: Store, cluster: &Cluster, has_edge: bool) -> Readiness {
     let statuses = Arc::new(cluster.statuses());
     Arc::new(move || {
         let (store, statuses) = (store.clone(), Arc::clone(&statuses));
@@ -480,8 +529,9 @@ fn readiness(store: Store, cluster: &Cluster) -> Readiness {
             }
             for (model, status) in statuses.iter() {
                 let status: &PoolStatus = &status.borrow();
-                if !status.is_available() {
-                    reasons.push(format!("model {model} is not available"));
+                // An edge keeps what comes while a worker starts anew; a worker has nothing else to be asked for.
+                if let Some(fault) = status.fault().filter(|_| !has_edge || !status.is_available()) {
+                    reasons.push(format!("model {model} {fault}"));
                 }
             }
             reasons

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::{CliError, Output};
 use crate::{
-    config::{Config, Role},
+    config::Config,
     node::{Node, shutdown_signal},
 };
 
@@ -38,7 +38,7 @@ fn facts(node: &Node) -> serde_json::Value {
     let keys = node.bootstrap();
     json!({
         "status": "ready",
-        "role": role(node),
+        "role": node.config().node.role.as_str(),
         "url": node.address().map(url),
         "dev_key_file": keys.and_then(|keys| keys.dev_key.as_ref()),
         "admin_key_file": keys.and_then(|keys| keys.admin_key.as_ref()),
@@ -76,12 +76,4 @@ fn url(address: SocketAddr) -> String {
         ip => ip,
     };
     format!("http://{}", SocketAddr::new(ip, address.port()))
-}
-
-fn role(node: &Node) -> &'static str {
-    match node.config().node.role {
-        Role::All => "all",
-        Role::Edge => "edge",
-        Role::Worker => "worker",
-    }
 }

@@ -12,7 +12,6 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     confirm::Confirmations,
-    duties::unix_ms,
     flights::{Allowed, Flights, Landing, Outcome},
     station::{Station, WORKER_LOST},
 };
@@ -21,7 +20,7 @@ use crate::{
     journal::{Ended, Journal},
     ledger::{EndReason, Extended, Ledger, LedgerError, ReleaseReason, Settled, Settlement, TakenOver},
     queue::{GivenUp, Outgoing, Outlet, Queue},
-    telemetry::Metrics,
+    telemetry::{Metrics, unix_ms},
 };
 
 /// A store that was lost holds back what it had answered for about so long before.

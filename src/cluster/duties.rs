@@ -3,9 +3,8 @@
 //! Promises that claims are made only for what there is room for, that leases are renewed by a timer that no
 //! decode step can delay, and that each duty goes on whatever happens to one round of it.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use futures::FutureExt;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +13,7 @@ use crate::{
     domain::{ModelId, RequestId},
     ledger::Ledger,
     queue::{Feedback, GivenUp, Order, Orders, Queue, Renewed},
-    telemetry::Metrics,
+    telemetry::{Metrics, unix_ms},
 };
 
 /// Notices may be missed, so that the queue is looked at this often in any case.
@@ -22,19 +21,6 @@ const POLL: Duration = Duration::from_millis(250);
 const STORE_AWAY_PAUSE: Duration = Duration::from_millis(500);
 /// The accounts are checked in every so many rounds of sweeping.
 const ROUNDS_PER_AUDIT: u64 = 8;
-const PANIC_PAUSE: Duration = Duration::from_secs(1);
-
-/// Runs a duty until `stop` or its own end, again after a panic.
-pub async fn forever<F: Future<Output = ()>>(name: &'static str, stop: CancellationToken, mut duty: impl FnMut() -> F) {
-    loop {
-        let round = AssertUnwindSafe(duty()).catch_unwind();
-        match stop.run_until_cancelled(round).await {
-            None | Some(Ok(())) => return,
-            Some(Err(_)) => tracing::error!(name, "a duty panicked; going on with it"),
-        }
-        let _ = stop.run_until_cancelled(sleep(PANIC_PAUSE)).await;
-    }
-}
 
 /// Claims what there is room for, on notice and now and then. Ends by itself, so that a claim under way is
 /// never dropped with what it claimed.
@@ -231,9 +217,4 @@ pub async fn landed(station: &Station, limit: Duration) -> bool {
         }
     };
     timeout(limit, all).await.is_ok()
-}
-
-pub fn unix_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

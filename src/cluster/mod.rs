@@ -1,13 +1,17 @@
 //! The worker's side of a node: a supervision tree that claims requests and runs them.
 //!
-//! `root → pool (one a model) → worker (one engine)`. Promises that every claimed request ends here or is left to
+//! `root → pool (one a model) → worker (one engine), claimer, renewer`; and `root` → what a node does beside them: the
+//! courier (what edges want), the reconcilers of claims and holds, the recoverer of journals, the confirmer, the verifier,
+//! the archiver, the directory. Promises that every claimed request ends here or is left to
 //! others, who go on with it, that a worker that panics, freezes or fails is replaced with backoff, and
 //! that claims are made only for what there is room for. Tokens never pass through a mailbox: the engine's
 //! steps are pumped straight to the [`Outlet`]. Never speaks HTTP and never prices anything.
 
+mod announce;
 mod cashier;
 mod confirm;
 mod duties;
+mod duty;
 mod flights;
 mod pool;
 mod reconcile;
@@ -34,16 +38,19 @@ pub use station::PoolStatus;
 pub use worker::Loader;
 
 use crate::{
+    directory::{Board, Directory, NodeCard},
     domain::{FailureCode, ModelId, NodeId},
     grammar::Grammars,
     journal::Journal,
     ledger::Ledger,
-    queue::{Orders, Outlet, Queue},
+    queue::{Orders, Outlet, Queue, ReplyHub},
     telemetry::Metrics,
 };
+use announce::Announcer;
 use cashier::Cashier;
+use duty::DutySpec;
 use pool::PoolArguments;
-use root::{Root, RootMessage};
+use root::{ROOT, Root, RootArguments, RootMessage};
 use station::Station;
 
 /// What every part of the tree works with.
@@ -58,6 +65,11 @@ pub struct ClusterContext {
     /// Where processes of this machine have their journals.
     pub journals: PathBuf,
     pub metrics: Arc<Metrics>,
+    pub directory: Directory,
+    /// What this node says of itself, but for its load, its models and its actors.
+    pub card: NodeCard,
+    /// Where this node has clients.
+    pub hub: Option<ReplyHub>,
     pub claim_lease: Duration,
     /// How often expired holds of all tenants are looked for; claims of all `models` are more often.
     pub sweep: Duration,
@@ -69,6 +81,8 @@ pub struct ClusterContext {
 /// One model that this node runs.
 pub struct PoolSpec {
     pub model: ModelId,
+    /// What it runs on, for people.
+    pub device: String,
     pub sequences_max: usize,
     /// When half of so many tokens are left of those that a request may decode, more are paid for. 0: none ever are.
     pub step_tokens: u32,
@@ -95,6 +109,7 @@ pub struct Cluster {
     root: ActorRef<RootMessage>,
     cashier: Cashier,
     outlet: Outlet,
+    announcer: Announcer,
     claimers: TaskTracker,
     tasks: TaskTracker,
     claiming: CancellationToken,
@@ -105,7 +120,8 @@ impl Cluster {
     /// Starts the tree and its duties; models load in the background.
     pub async fn start(context: ClusterContext, pools: Vec<PoolSpec>) -> Result<Self, ClusterError> {
         let ClusterContext { node, queue, ledger, outlet, orders, journal, journals, .. } = context;
-        let ClusterContext { metrics, claim_lease, sweep, upkeep, models, .. } = context;
+        let ClusterContext { metrics, claim_lease, sweep, upkeep, models, directory, card, hub, .. } = context;
+        let board = Arc::new(Board::default());
         let cashier = Cashier::new(
             queue.clone(),
             ledger.clone(),
@@ -114,6 +130,8 @@ impl Cluster {
             Arc::clone(&metrics),
             claim_lease,
         );
+        let (claimers, tasks) = (TaskTracker::new(), TaskTracker::new());
+        let (claiming, working) = (CancellationToken::new(), CancellationToken::new());
         let mut stations = Vec::new();
         let mut arguments = Vec::new();
         for spec in pools {
@@ -121,62 +139,84 @@ impl Cluster {
             let station = Station::new(node.clone(), &spec, cashier.clone(), journal, outlet.clone());
             let station = Arc::new(station);
             stations.push(Arc::clone(&station));
-            let metrics = Arc::clone(&metrics);
-            let PoolSpec { stall_max, policy, loader, .. } = spec;
-            arguments.push(PoolArguments { station, loader, policy, stall_max, metrics, generation: 0 });
-        }
-        let (root, _) = Actor::spawn(None, Root, arguments).await?;
-        let (claimers, tasks) = (TaskTracker::new(), TaskTracker::new());
-        let (claiming, working) = (CancellationToken::new(), CancellationToken::new());
-        let stations: Arc<[_]> = stations.into();
-        for station in stations.iter() {
-            let (of, by, with) = (Arc::clone(station), queue.clone(), Arc::clone(&metrics));
-            let stop = claiming.clone();
+            let (of, by, with, stop) = (Arc::clone(&station), queue.clone(), Arc::clone(&metrics), claiming.clone());
             let claim = move || duties::claim(Arc::clone(&of), by.clone(), Arc::clone(&with), stop.clone());
-            claimers.spawn(duties::forever("claim", working.clone(), claim));
-            let (of, by, with) = (Arc::clone(station), queue.clone(), ledger.clone());
+            let (of, by, with) = (Arc::clone(&station), queue.clone(), ledger.clone());
             let renew = move || duties::renew(Arc::clone(&of), by.clone(), with.clone(), claim_lease);
-            tasks.spawn(duties::forever("renew", working.clone(), renew));
+            let duties = vec![
+                DutySpec::new("claimer", &working, &claimers, claim),
+                DutySpec::new("renewer", &working, &tasks, renew),
+            ];
+            let (metrics, board) = (Arc::clone(&metrics), Arc::clone(&board));
+            let PoolSpec { model, stall_max, policy, loader, .. } = spec;
+            let place = format!("{ROOT}/{model}");
+            let actor = board.actor(&place);
+            arguments.push(PoolArguments {
+                station,
+                loader,
+                policy,
+                stall_max,
+                metrics,
+                duties,
+                board,
+                place,
+                actor,
+                generation: 0,
+            });
         }
+        let stations: Arc<[_]> = stations.into();
+        let mut more = Vec::new();
         let (of, orders) = (Arc::clone(&stations), Arc::new(tokio::sync::Mutex::new(orders)));
-        let obey = move || duties::obey(Arc::clone(&of), Arc::clone(&orders));
-        tasks.spawn(duties::forever("obey", working.clone(), obey));
-        let recovering = (queue.clone(), ledger.clone(), Arc::clone(&metrics));
-        let (models, by): (Arc<[_]>, _) = (models.into(), cashier.clone());
+        more.push(DutySpec::new("courier", &working, &tasks, move || {
+            duties::obey(Arc::clone(&of), Arc::clone(&orders))
+        }));
         if let Some(pass) = upkeep.verify {
             let (of, by, with) = (ledger.clone(), node.clone(), Arc::clone(&metrics));
             let verify = move || reconcile::verify(of.clone(), by.clone(), Arc::clone(&with), pass);
-            tasks.spawn(duties::forever("verify", working.clone(), verify));
+            more.push(DutySpec::new("verifier", &working, &tasks, verify));
         }
         if let Some(plan) = upkeep.archive {
             let of = ledger.clone();
             let archive = move || reconcile::archive(of.clone(), plan.clone());
-            tasks.spawn(duties::forever("archive", working.clone(), archive));
+            more.push(DutySpec::new("archiver", &working, &tasks, archive));
         }
         if let Some(journal) = journal {
             let (of, with) = (ledger.clone(), Arc::clone(&metrics));
             let rests = move || reconcile::rests(of.clone(), Arc::clone(&journal), Arc::clone(&with));
-            tasks.spawn(duties::forever("rests", working.clone(), rests));
+            more.push(DutySpec::new("journal-checker", &working, &tasks, rests));
         }
         let (of, with) = (ledger.clone(), Arc::clone(&metrics));
         let sweep_holds = move || duties::sweep_holds(of.clone(), Arc::clone(&with), sweep);
-        tasks.spawn(duties::forever("sweep holds", working.clone(), sweep_holds));
+        more.push(DutySpec::new("hold-reconciler", &working, &tasks, sweep_holds));
         let often = (claim_lease / SWEEPS_PER_LEASE).min(sweep);
-        let sweep_claims = move || {
-            let (models, metrics) = (Arc::clone(&models), Arc::clone(&metrics));
-            duties::sweep_claims(models, queue.clone(), by.clone(), metrics, often)
-        };
-        tasks.spawn(duties::forever("sweep claims", working.clone(), sweep_claims));
+        let (models, by, with, of): (Arc<[_]>, _, _, _) =
+            (models.into(), cashier.clone(), Arc::clone(&metrics), queue.clone());
+        let sweep_claims =
+            move || duties::sweep_claims(Arc::clone(&models), of.clone(), by.clone(), Arc::clone(&with), often);
+        more.push(DutySpec::new("claim-reconciler", &working, &tasks, sweep_claims));
         if let Some(confirmations) = cashier.confirmations() {
             let confirm = move || {
                 let confirmations = Arc::clone(&confirmations);
                 async move { confirmations.go_on().await }
             };
-            tasks.spawn(duties::forever("confirm", working.clone(), confirm));
+            more.push(DutySpec::new("confirmer", &working, &tasks, confirm));
+            let recovering = (queue, ledger, Arc::clone(&metrics));
             let recover = move || recovery::go_on(recovering.clone(), journals.clone());
-            tasks.spawn(duties::forever("recover", working.clone(), recover));
+            more.push(DutySpec::new("recoverer", &working, &tasks, recover));
         }
-        Ok(Self { stations, root, cashier, outlet, claimers, tasks, claiming, working })
+        let announcer = Announcer {
+            directory,
+            card: Arc::new(card),
+            hub,
+            board: Arc::clone(&board),
+            stations: Arc::clone(&stations),
+            claiming: claiming.clone(),
+        };
+        let of = announcer.clone();
+        more.push(DutySpec::new("directory", &working, &tasks, move || of.clone().go_on()));
+        let arguments = RootArguments { pools: arguments, duties: more, board: Arc::clone(&board) };
+        let (root, _) = Actor::spawn(None, Root, arguments).await?;
+        Ok(Self { stations, root, cashier, outlet, announcer, claimers, tasks, claiming, working })
     }
 
     /// Waits until every model has been loaded, or the first one has failed to.
@@ -225,6 +265,7 @@ impl Cluster {
         for station in self.stations.iter() {
             station.retire(u64::MAX);
         }
+        self.announcer.leave().await;
         self.outlet.close(CLOSE_MAX).await;
     }
 }

@@ -12,12 +12,11 @@ use std::{
 
 use tokio::time::sleep;
 
-use super::duties::unix_ms;
 use crate::{
     domain::{Month, NodeId, RequestId, TenantId},
     journal::{Journal, Unsettled},
     ledger::{GenerationState, Ledger, Report},
-    telemetry::Metrics,
+    telemetry::{Metrics, unix_ms},
 };
 
 /// After which the first tenant of a pass is verified at the latest, so that a node says soon that it does.

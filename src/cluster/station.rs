@@ -16,8 +16,9 @@ use super::{
     worker::{Start, WorkerMessage},
 };
 use crate::{
+    directory::Mailbox,
     domain::{Claim, FailureCode, FundsEnd, ModelId, NodeId, RequestId, Told},
-    engine::{EngineEvent, EngineHandle},
+    engine::{EngineEvent, EngineHandle, EngineLoad},
     grammar::Grammars,
     journal::{Begun, Journal},
     queue::{GivenUp, Outlet, Room},
@@ -28,6 +29,8 @@ use crate::{
 pub enum PoolStatus {
     Loading,
     Ready,
+    /// Has work, and has made no step for so long that none is expected. It may yet go on; otherwise it is started anew.
+    Stalled,
     /// Failed, and started again soon.
     Restarting(String),
     /// Failed too often; slow attempts go on.
@@ -35,15 +38,27 @@ pub enum PoolStatus {
 }
 
 impl PoolStatus {
-    /// Whether new requests for the model make sense.
+    /// Whether new requests for the model make sense: who asks here now would have to wait at most.
     pub fn is_available(&self) -> bool {
         matches!(self, Self::Ready | Self::Restarting(_))
+    }
+
+    /// Why it does not run anything now; nothing where it does, however much it has to do.
+    pub fn fault(&self) -> Option<&'static str> {
+        match self {
+            Self::Ready => None,
+            Self::Loading => Some("is loading"),
+            Self::Stalled => Some("makes no step"),
+            Self::Restarting(_) => Some("is starting anew"),
+            Self::Unavailable(_) => Some("is not available"),
+        }
     }
 }
 
 pub struct Station {
     pub node: NodeId,
     pub model: ModelId,
+    pub device: String,
     pub sequences_max: usize,
     /// See [`super::PoolSpec`].
     pub step_tokens: u32,
@@ -53,6 +68,8 @@ pub struct Station {
     pub journal: Arc<Journal>,
     pub outlet: Outlet,
     pub status: watch::Sender<PoolStatus>,
+    /// Of the worker.
+    pub mailbox: Arc<Mailbox>,
     bench: Mutex<Option<Bench>>,
     trials: Mutex<Trials>,
 }
@@ -88,6 +105,7 @@ impl Station {
         Self {
             node,
             model: spec.model.clone(),
+            device: spec.device.clone(),
             sequences_max: spec.sequences_max,
             step_tokens: spec.step_tokens,
             grammars: Arc::clone(&spec.grammars),
@@ -96,6 +114,7 @@ impl Station {
             journal,
             outlet,
             status,
+            mailbox: Mailbox::new(CLAIMS_PER_SEQUENCE * spec.sequences_max),
             bench: Mutex::default(),
             trials: Mutex::default(),
         }
@@ -115,7 +134,7 @@ impl Station {
             return Room::default();
         }
         let (flying, all) = self.flights.count();
-        let left = (4 * self.sequences_max).saturating_sub(all);
+        let left = (CLAIMS_PER_SEQUENCE * self.sequences_max).saturating_sub(all);
         Room {
             to_take_over: (2 * self.sequences_max).saturating_sub(flying).min(left),
             to_begin: self.sequences_max.saturating_sub(flying).min(left),
@@ -138,9 +157,8 @@ impl Station {
         let accepted = self.flights.take_in(&claims, ready.generation);
         self.outlet.send(accepted);
         let (fresh, begun): (Vec<_>, Vec<_>) = claims.into_iter().partition(|claim| claim.attempt == 1);
-        // A worker that has just died does not read it; its supervisor gives the flights up.
-        let _ = ready.worker.cast(WorkerMessage::Submit(fresh.into_iter().map(Start::fresh).collect()));
         drop(bench);
+        self.submit(fresh.into_iter().map(Start::fresh).collect());
         for claim in begun {
             self.cashier.take_over(Arc::clone(self), claim);
         }
@@ -167,7 +185,7 @@ impl Station {
         let is_suspect = claim.losses > 0;
         let start = Start { claim, told, allowed };
         if !is_suspect {
-            return self.submit(start);
+            return self.submit(vec![start]);
         }
         let mut trials = self.trials.lock();
         trials.waiting.push_back(start);
@@ -177,12 +195,12 @@ impl Station {
         }
     }
 
-    async fn try_out(&self) {
+    async fn try_out(self: &Arc<Self>) {
         while let Some(start) = self.next_trial().await {
             let request = start.claim.job.request.clone();
             let Some(tried) = self.flights.until_tried(&request, start.claim.attempt) else { continue };
             self.cashier.note_trial(self, Some(&request)).await;
-            self.submit(start);
+            self.submit(vec![start]);
             let _ = tried.await;
         }
     }
@@ -200,10 +218,21 @@ impl Station {
         next
     }
 
-    fn submit(&self, start: Start) {
-        if let Some(ready) = self.bench.lock().as_ref() {
-            let _ = ready.worker.cast(WorkerMessage::Submit(vec![start]));
+    /// Hands requests to the worker. One that has just died does not read it; its supervisor gives the flights up.
+    fn submit(self: &Arc<Self>, starts: Vec<Start>) {
+        if starts.is_empty() {
+            return;
         }
+        let bench = self.bench.lock();
+        let Some(ready) = bench.as_ref() else { return };
+        if !self.mailbox.enter() {
+            drop(bench);
+            // There are never more of them than were claimed, so that it is full of what its worker does not read.
+            let claims: Vec<_> = starts.into_iter().map(|start| start.claim).collect();
+            claims.iter().for_each(|claim| self.flights.lose(&claim.job.request));
+            return self.give_up(claims, GivenUp::Unreached(Duration::ZERO));
+        }
+        let _ = ready.worker.cast(WorkerMessage::Submit(starts));
     }
 
     /// Leaves requests to others. Whoever loses them hears of it here alone.
@@ -336,6 +365,11 @@ impl Station {
         self.give_up(claims, GivenUp::Lost { trial });
     }
 
+    /// What the engine has to do; `None` while there is none.
+    pub fn load(&self) -> Option<EngineLoad> {
+        self.bench.lock().as_ref().map(|bench| bench.engine.load())
+    }
+
     /// The engine's count of steps; `None` while there is no engine.
     pub fn steps(&self) -> Option<(u64, u64)> {
         self.bench.lock().as_ref().map(|bench| (bench.generation, bench.engine.load().steps))
@@ -356,6 +390,9 @@ fn begun(claim: &Claim) -> Begun {
         owner: owner.clone(),
     }
 }
+
+/// Claims beyond those that run are landings that wait for the store, and what others have begun.
+const CLAIMS_PER_SEQUENCE: usize = 4;
 
 /// What a client may hear of a worker's end; the log has the rest.
 pub const WORKER_LOST: &str = "the worker that had the request failed; it was not charged";

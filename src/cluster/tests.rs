@@ -7,6 +7,7 @@ use std::{
 
 use super::{pool::PoolMessage, root::RootMessage, testing::job, worker::WorkerMessage, *};
 use crate::{
+    directory::{Directory, NodeCard, NodeState},
     domain::{EventBody, FinishReason, FundsEnd, Job, RequestId, StoppedBy, Usage},
     engine::{self, Backend, EngineError, EngineSpec},
     grammar::Grammars,
@@ -22,6 +23,22 @@ use crate::{
 
 const LEASE: Duration = Duration::from_secs(60);
 const SOON: Duration = Duration::from_secs(20);
+
+fn card(node: &NodeId) -> NodeCard {
+    NodeCard {
+        node: node.clone(),
+        host: "here".to_owned(),
+        role: "all".to_owned(),
+        version: "0".to_owned(),
+        started_unix_ms: 0,
+        state: NodeState::Ready,
+        http: None,
+        relay: None,
+        open_streams: 0,
+        models: Vec::new(),
+        actors: Vec::new(),
+    }
+}
 
 struct Tree {
     _folder: tempfile::TempDir,
@@ -51,7 +68,13 @@ impl Tree {
         let store = Store::connect(server.url(), Duration::from_secs(5)).await.unwrap();
         let queue = Queue::new(
             store.clone(),
-            QueueLimits { depth_max: 64, claim_lease: LEASE, takeover_max: SOON, losses_max: 2 },
+            QueueLimits {
+                depth_max: 64,
+                claim_lease: LEASE,
+                takeover_max: SOON,
+                start_max: Duration::from_secs(600),
+                losses_max: 2,
+            },
         );
         let (node, metrics) = (NodeId::generate(), Arc::new(Metrics::new()));
         let hub = ReplyHub::new(node.clone(), 1024, None, Arc::clone(&metrics));
@@ -59,14 +82,17 @@ impl Tree {
         let model = ModelId::from("model");
         let journal = Arc::new(Journal::open(&folder.path().join("journal"), &node).expect("a journal"));
         let context = ClusterContext {
-            node,
+            node: node.clone(),
             queue: queue.clone(),
-            ledger: Ledger::new(store, LEASE),
+            ledger: Ledger::new(store.clone(), LEASE),
             outlet,
             orders,
             journal: Some(Arc::clone(&journal)),
             journals: folder.path().join("journal"),
             metrics: Arc::clone(&metrics),
+            directory: Directory::new(store, LEASE),
+            card: card(&node),
+            hub: Some(hub.clone()),
             claim_lease: LEASE,
             sweep: Duration::from_secs(60),
             upkeep: Upkeep::default(),
@@ -76,6 +102,7 @@ impl Tree {
         let (counter, with) = (Arc::clone(&loads), Arc::clone(&metrics));
         let spec = PoolSpec {
             model: model.clone(),
+            device: "cpu".to_owned(),
             sequences_max: 4,
             step_tokens: 8,
             stall_max: Duration::from_secs(60),

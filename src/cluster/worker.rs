@@ -103,6 +103,7 @@ impl Actor for Worker {
                 pool.cast(PoolMessage::WorkerReady(*generation, engine))?;
             }
             WorkerMessage::Submit(starts) => {
+                state.arguments.station.mailbox.leave();
                 let engine = state.engine.as_ref().ok_or("work came before the engine")?;
                 let station = &state.arguments.station;
                 for start in starts {

@@ -24,6 +24,8 @@ pub enum Rule {
     Flag,
     /// ip:port
     Address,
+    /// ip:port, or empty
+    AddressOrEmpty,
     /// host:port, or empty
     Endpoint,
     RedisUrl,
@@ -40,8 +42,8 @@ pub enum Rule {
 }
 
 use Rule::{
-    Address, CpuSet, Endpoint, Flag, Integer, LogFilter, Networks, OneOf, Origins, RedisUrl, Secret, SomeOf, Text, Usd,
-    UsdLimit, UsdPerMillion, UsdPerMillionOrEmpty, Word,
+    Address, AddressOrEmpty, CpuSet, Endpoint, Flag, Integer, LogFilter, Networks, OneOf, Origins, RedisUrl, Secret,
+    SomeOf, Text, Usd, UsdLimit, UsdPerMillion, UsdPerMillionOrEmpty, Word,
 };
 
 const HOUR_MS: i64 = 3_600_000;
@@ -70,6 +72,7 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
             ("role", OneOf(&["all", "edge", "worker"])),
             ("data_dir", Word),
             ("drain_ms_max", Integer(0, HOUR_MS)),
+            ("status_listen", AddressOrEmpty),
             ("memory_max_mib", Integer(0, 1 << 24)),
             ("log", LogFilter),
             ("log_format", OneOf(&["text", "json"])),
@@ -113,6 +116,7 @@ pub const RULES: &[(&str, &[(&str, Rule)])] = &[
         "queue",
         &[
             ("depth_max", Integer(1, MANY)),
+            ("start_ms_max", Integer(100, 24 * HOUR_MS)),
             ("claim_lease_ms", Integer(500, HOUR_MS)),
             ("takeover_ms_max", Integer(1000, HOUR_MS)),
             ("losses_max", Integer(1, 100)),
@@ -232,7 +236,8 @@ impl Rule {
                 let hint = nearest(text, words.iter().copied()).map(|word| format!("; did you mean `{word}`?"));
                 Err(format!("`{text}` is not one of {}{}", words.join(", "), hint.unwrap_or_default()))
             }
-            Address => match text.parse::<SocketAddr>() {
+            AddressOrEmpty if text.is_empty() => Ok(()),
+            Address | AddressOrEmpty => match text.parse::<SocketAddr>() {
                 Ok(_) => Ok(()),
                 Err(_) => Err(format!("`{text}` is not an address such as 127.0.0.1:8080 or [::1]:8080")),
             },

@@ -23,6 +23,7 @@ pub struct Overrides {
 const VARIABLES: &[(&str, &str, &str)] = &[
     ("LIGHTCONE_ROLE", "node", "role"),
     ("LIGHTCONE_LISTEN", "edge", "listen"),
+    ("LIGHTCONE_STATUS_LISTEN", "node", "status_listen"),
     ("LIGHTCONE_REDIS_URL", "store", "redis_url"),
     ("LIGHTCONE_DATA_DIR", "node", "data_dir"),
     ("LIGHTCONE_RELAY_LISTEN", "relay", "listen"),

@@ -15,7 +15,7 @@ use super::{
     body,
     dialect::{About, Dialect},
     error::ApiError,
-    generation::{self, Answering, Wanted, unix_ms},
+    generation::{self, Answering, Wanted},
     recording::{self, EVENT_STREAM, JSON, Recording},
     server::Arrival,
     state::{EdgeState, Known, Outcome},
@@ -28,6 +28,7 @@ use crate::{
     domain::ModelId,
     prompt::{Asked, CALL_OPEN, TextShape},
     records::{Key, Once},
+    telemetry::unix_ms,
 };
 
 /// Names in `x-lightcone-ignored`.

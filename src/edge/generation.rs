@@ -2,7 +2,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 use tokio::time::timeout_at;
@@ -20,6 +20,7 @@ use crate::{
     ledger::{PricesError, ReleaseReason},
     queue::{PublishError, ReplyStream},
     store::StoreError,
+    telemetry::unix_ms,
 };
 
 /// How long other edges know a request by the name that its client gave it.
@@ -306,9 +307,4 @@ impl Answering {
             metrics.time_per_output_token.with_label_values(&[self.open.model.as_str()]).observe(seconds);
         }
     }
-}
-
-pub fn unix_ms() -> u64 {
-    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX)
 }

@@ -29,8 +29,10 @@ mod status;
 mod stored;
 mod telling;
 mod tokens;
+mod watch;
 mod wire;
 
 pub use error::ApiError;
 pub use server::{EdgeError, EdgeHandle, spawn};
 pub use state::{EdgeSpec, Readiness, ServedModel};
+pub use watch::{WatchHandle, watch};

@@ -19,6 +19,7 @@ use super::{account::statements, recording::Recordings};
 use crate::{
     admission::{Admission, Guard},
     config,
+    directory::Directory,
     domain::{ModelId, RequestId, TenantId},
     ledger::{Ledger, Prices, Receipts, ReleaseReason},
     model::Vocabulary,
@@ -94,6 +95,7 @@ pub struct EdgeSpec {
     pub admission: Admission,
     pub guard: Guard,
     pub receipts: Receipts,
+    pub directory: Directory,
     pub accounts: Accounts,
     /// Whether webhooks may go to private addresses.
     pub private_webhooks: bool,
@@ -117,6 +119,7 @@ pub(super) struct EdgeState {
     pub admission: Admission,
     pub guard: Guard,
     pub receipts: Receipts,
+    pub directory: Directory,
     pub trusted_proxies: Vec<IpNet>,
     pub accounts: Accounts,
     pub private_webhooks: bool,
@@ -154,6 +157,7 @@ impl EdgeState {
             admission: spec.admission,
             guard: spec.guard,
             receipts: spec.receipts,
+            directory: spec.directory,
             trusted_proxies,
             accounts: spec.accounts,
             private_webhooks: spec.private_webhooks,

@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::state::EdgeState;
+use crate::telemetry::Metrics;
 
 #[derive(JsonSchema, Serialize)]
 pub(super) struct Health {
@@ -36,6 +37,11 @@ pub(super) async fn readyz(state: web::Data<EdgeState>) -> HttpResponse {
         reasons.push("no prompt pool".to_owned());
     }
     reasons.extend((state.readiness)().await);
+    readiness(reasons)
+}
+
+/// Ready where there is no reason why not.
+pub(super) fn readiness(reasons: Vec<String>) -> HttpResponse {
     if reasons.is_empty() {
         return HttpResponse::Ok().json(Readiness { status: "ready", reasons });
     }
@@ -45,5 +51,9 @@ pub(super) async fn readyz(state: web::Data<EdgeState>) -> HttpResponse {
 }
 
 pub(super) async fn metrics(state: web::Data<EdgeState>) -> HttpResponse {
-    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(state.metrics.render())
+    rendered(&state.metrics)
+}
+
+pub(super) fn rendered(metrics: &Metrics) -> HttpResponse {
+    HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(metrics.render())
 }

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{answer::Whole, auth::authenticate, error::ApiError, generation::unix_ms, state::EdgeState};
+use super::{answer::Whole, auth::authenticate, error::ApiError, state::EdgeState};
 use crate::{
     admission::Scope,
     domain::TenantId,
@@ -15,6 +15,7 @@ use crate::{
     prompt::{Message, Role, ToolCall},
     records::{Listed, Order, Record},
     store::StoreError,
+    telemetry::unix_ms,
 };
 
 pub const CHAT: &str = "chat.completion";

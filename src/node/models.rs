@@ -118,6 +118,7 @@ impl Models {
         };
         PoolSpec {
             model: id.clone(),
+            device: config.engine.providers.join(", "),
             sequences_max: model.sequences_max,
             // A hold covers the longest answer.
             step_tokens: config.ledger.step_tokens,

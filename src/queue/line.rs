@@ -3,8 +3,8 @@
 //! Promises: first come, first served within a tenant; between tenants the one that has received the fewest
 //! tokens comes first, and one that was idle saves up nothing; a claim belongs to one owner and one attempt,
 //! and nobody else can renew or acknowledge it; every change is one atomic function on the store, whose clock
-//! alone decides what has expired. A full line refuses ([`PublishError::Full`]); it never waits, and one
-//! tenant cannot fill the last ninth of it. Never looks into a job.
+//! alone decides what has expired. A full line refuses ([`PublishError::Full`]), and so does one in which a request
+//! would wait for too long at the pace of late; it never waits, and one tenant cannot fill the last ninth of it. Never looks into a job.
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,6 +28,8 @@ const CANCELLATIONS_AT_ONCE: usize = 256;
 pub struct QueueLimits {
     /// Requests that may wait per model.
     pub depth_max: usize,
+    /// What would not be begun within this time, at the pace of late, is refused.
+    pub start_max: Duration,
     /// A claim that its owner has not renewed for this long may be taken over.
     pub claim_lease: Duration,
     /// A request that has lost its worker waits so long for another.
@@ -120,6 +122,7 @@ impl Queue {
         let wait_ms = job.deadline_unix_ms.saturating_sub(job.enqueued_unix_ms).to_string();
         let depth_max = self.limits.depth_max.to_string();
         let channel = keys::queue_channel(&job.model);
+        let start_max = self.limits.start_max.as_millis().to_string();
         let arguments = [
             job.request.as_str().as_bytes(),
             job.tenant.as_str().as_bytes(),
@@ -128,6 +131,7 @@ impl Queue {
             wait_ms.as_bytes(),
             depth_max.as_bytes(),
             channel.as_bytes(),
+            start_max.as_bytes(),
         ];
         fault::point("queue.publish.asked");
         let mut reply: Reply = self.store.call(Function::QueuePublish, &keys::queue(&job.model), &arguments).await?;

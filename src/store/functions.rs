@@ -42,6 +42,9 @@ pub(crate) enum Function {
     QueueDisown,
     QueueWithdraw,
     QueueExpire,
+    NodeAnnounce,
+    NodeLeave,
+    NodeList,
     WebhookSet,
     WebhookShow,
     WebhookRemove,
@@ -92,6 +95,9 @@ impl Function {
             Self::WebhookSet => "webhook_set",
             Self::WebhookShow => "webhook_show",
             Self::WebhookRemove => "webhook_remove",
+            Self::NodeAnnounce => "node_announce",
+            Self::NodeLeave => "node_leave",
+            Self::NodeList => "node_list",
             Self::WebhookTake => "webhook_take",
             Self::WebhookDone => "webhook_done",
             Self::WebhookFailed => "webhook_failed",
@@ -100,7 +106,7 @@ impl Function {
     }
 
     pub(super) fn only_reads(self) -> bool {
-        matches!(self, Self::Standing | Self::Snapshot | Self::BlockList | Self::WebhookShow)
+        matches!(self, Self::Standing | Self::Snapshot | Self::BlockList | Self::NodeList | Self::WebhookShow)
     }
 }
 
@@ -128,6 +134,7 @@ pub(super) fn library() -> &'static Library {
             include_str!("functions/holds.lua"),
             include_str!("functions/archive.lua"),
             include_str!("functions/queue.lua"),
+            include_str!("functions/nodes.lua"),
             include_str!("functions/records.lua"),
             include_str!("functions/guard.lua"),
             include_str!("functions/webhooks.lua")

@@ -170,6 +170,11 @@ pub(crate) fn queue(model: &ModelId) -> [String; 11] {
     ]
 }
 
+/// The functions' keys of the directory of nodes.
+pub(crate) fn nodes() -> [String; 2] {
+    ["lc:{nodes}:leases".to_owned(), "lc:{nodes}:cards".to_owned()]
+}
+
 /// Requests that wait for a model, in order of tenant and arrival.
 pub(crate) fn queue_line(model: &ModelId) -> String {
     format!("lc:{{m:{model}}}:line")

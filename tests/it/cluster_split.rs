@@ -3,9 +3,9 @@
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::process::{Home, Node, Redis};
+use crate::support::process::{Home, Node, Redis, SOON};
 
 struct Split {
     home: Home,
@@ -310,4 +310,168 @@ async fn one_key_is_one_generation_on_two_edges() {
     .expect("JSON");
     let prompt = usage["usage"]["prompt_tokens"].as_i64().expect("a number");
     assert_eq!(split.charged(), prompt * 200 + 60 * 300);
+}
+
+impl Split {
+    fn run(&self, arguments: &[&str]) -> Value {
+        self.home.run(&[arguments, &["--redis-url", &self.redis.url]].concat())
+    }
+
+    /// Waits until the nodes of this role are in these states.
+    async fn until_nodes_are(&self, role: &str, states: &[&str]) -> Vec<Value> {
+        let begun = Instant::now();
+        loop {
+            let nodes = self.run(&["nodes"]);
+            let nodes: Vec<_> = nodes.as_array().expect("a list").iter().filter(|node| node["role"] == role).collect();
+            let mut found: Vec<_> = nodes.iter().map(|node| node["state"].as_str().expect("a state")).collect();
+            found.sort_unstable();
+            if found == states {
+                return nodes.into_iter().cloned().collect();
+            }
+            assert!(begun.elapsed() < SOON, "{found:?} and not {states:?}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_and_actors_are_listed_and_a_lost_one_shows_as_lost() {
+    let split = Split::of(Home::new(""), |home| {
+        home.configure("[node]\n", "[node]\nstatus_listen = \"127.0.0.1:0\"\n");
+    });
+    let (first, mut second) = (split.worker(), split.worker());
+    let mut answer = split.edge.ask(&split.key, "slowly <<slow:20>>", 400).await;
+    answer.begun().await;
+    let workers = split.until_nodes_are("worker", &["ready", "ready"]).await;
+    assert!(workers.iter().all(|node| node["models"][0]["sequences_max"] == 4), "{workers:#?}");
+    let begun = Instant::now();
+    while split
+        .until_nodes_are("worker", &["ready", "ready"])
+        .await
+        .iter()
+        .all(|node| node["models"][0]["running"] == 0)
+    {
+        assert!(begun.elapsed() < SOON, "nobody says that it has something to do");
+    }
+    let edges = split.until_nodes_are("edge", &["ready"]).await;
+    assert!(edges[0]["relay"].is_string() && edges[0]["models"] == json!([]), "{edges:#?}");
+    // A worker says by itself how it is.
+    let look = async |path: &str| {
+        let answer = reqwest::get(format!("{}{path}", first.url)).await.expect("an answer");
+        (answer.status().as_u16(), answer.text().await.expect("a body"))
+    };
+    assert_eq!(look("/healthz").await.0, 200);
+    assert_eq!(look("/readyz").await, (200, "{\"status\":\"ready\"}".to_owned()));
+    let (status, metrics) = look("/metrics").await;
+    assert!(status == 200 && metrics.contains("lightcone_step_seconds_count{model=\"tzafon.sm-1\"}"), "{metrics}");
+    assert_eq!(look("/v1/models").await.0, 404);
+    let actors = split.run(&["actors"]);
+    let of = |node: &Value| {
+        let mine = actors.as_array().expect("a list").iter().filter(|actor| actor["node"] == node["node"]);
+        mine.map(|actor| actor["actor"].as_str().expect("a name")).collect::<Vec<_>>()
+    };
+    let below_root = [
+        "claim-reconciler",
+        "confirmer",
+        "courier",
+        "directory",
+        "hold-reconciler",
+        "journal-checker",
+        "recoverer",
+        "tzafon.sm-1",
+        "tzafon.sm-1/claimer",
+        "tzafon.sm-1/renewer",
+        "tzafon.sm-1/worker",
+        "verifier",
+    ];
+    let tree = std::iter::once("root".to_owned()).chain(below_root.map(|name| format!("root/{name}")));
+    assert_eq!(of(&workers[0]), tree.collect::<Vec<_>>());
+    assert!(actors.as_array().expect("a list").iter().all(|actor| actor["state"] == "ready"), "{actors:#}");
+    // One goes in order, the other does not.
+    second.signal(Signal::SIGTERM);
+    assert_eq!(second.ended(), Some(0));
+    split.until_nodes_are("worker", &["ready"]).await;
+    first.kill();
+    split.until_nodes_are("worker", &["lost"]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_whose_model_freezes_is_not_ready_until_it_is_another_and_a_busy_one_is() {
+    let split = Split::of(Home::new(""), |home| {
+        home.configure("[node]\n", "[node]\nstatus_listen = \"127.0.0.1:0\"\n");
+        home.configure("stall_ms_max = 1500", "stall_ms_max = 3000");
+    });
+    let worker = split.worker();
+    // More than it has room for, each step of which takes long.
+    let asked = (0..12).map(|_| async { split.edge.ask(&split.key, "slowly <<slow:50>>", 20).await.rest().await });
+    let busy = async {
+        for _ in 0..10 {
+            assert_eq!(worker.ready().await, 200);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let (told, ()) = tokio::join!(futures::future::join_all(asked), busy);
+    assert!(told.iter().all(|told| told.done));
+    let freezing = split.edge.ask(&split.key, "now <<freeze:3>>", 50).await;
+    let (begun, mut statuses) = (Instant::now(), vec![200]);
+    while begun.elapsed() < SOON && (statuses.len() < 3 || statuses.last() != Some(&200)) {
+        let status = worker.ready().await;
+        if statuses.last() != Some(&status) {
+            statuses.push(status);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(statuses, [200, 503, 200]);
+    assert!(freezing.rest().await.error.is_some(), "two workers were lost with it");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn at_ten_times_the_capacity_what_is_let_in_begins_in_time_and_the_rest_hears_when_to_come_back() {
+    const OBJECTIVE_MS: u64 = 1000;
+    let split = Split::of(Home::new(""), |home| {
+        home.configure("[queue]\n", &format!("[queue]\nstart_ms_max = {OBJECTIVE_MS}\n"));
+    });
+    let _worker = split.worker();
+    let http = reqwest::Client::new();
+    // Four at a time take 5 steps of 80 ms: ten a second.
+    let body = json!({
+        "messages": [{ "role": "user", "content": "slowly <<slow:20>>" }], "max_tokens": 5, "ignore_eos": true,
+        "stream": true,
+    });
+    let ask = async || {
+        let request = http.post(format!("{}/v1/chat/completions", split.edge.url)).bearer_auth(&split.key);
+        let asked = Instant::now();
+        let mut answer = request.json(&body).send().await.expect("an answer");
+        if answer.status() != 200 {
+            let retry = answer.headers()["retry-after-ms"].to_str().expect("ASCII").parse::<u64>().expect("a number");
+            return Err((answer.status().as_u16(), retry));
+        }
+        let mut text = String::new();
+        while !text.contains("\"content\":\"s") {
+            text += std::str::from_utf8(&answer.chunk().await.expect("more").expect("more")).expect("UTF-8");
+        }
+        let first = asked.elapsed();
+        while answer.chunk().await.expect("more").is_some() {}
+        Ok(first)
+    };
+    // So that there is a pace to go by.
+    let warm = futures::future::join_all((0..20).map(|_| ask())).await;
+    assert!(warm.iter().any(Result::is_ok));
+    let told = futures::future::join_all((0..400).map(|index| {
+        let ask = &ask;
+        async move {
+            tokio::time::sleep(Duration::from_millis(10 * index)).await;
+            ask().await
+        }
+    }))
+    .await;
+    let (let_in, refused): (Vec<_>, Vec<_>) = told.into_iter().partition(Result::is_ok);
+    let mut first: Vec<_> = let_in.into_iter().flatten().collect();
+    first.sort_unstable();
+    let refused: Vec<_> = refused.into_iter().filter_map(Result::err).collect();
+    assert!(first.len() >= 30 && refused.len() >= 200, "{} let in, {} refused", first.len(), refused.len());
+    assert!(refused.iter().all(|(status, retry)| *status == 429 && (1..=60_000).contains(retry)), "{refused:?}");
+    let late = first[first.len() * 95 / 100];
+    assert!(late < Duration::from_millis(OBJECTIVE_MS * 3 / 2), "{late:?} of {first:?}");
+    split.charged();
 }

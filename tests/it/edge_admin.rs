@@ -3,10 +3,14 @@
 
 use std::time::{Duration, Instant};
 
-use lightcone::admission::Scope;
+use lightcone::{
+    admission::Scope,
+    directory::{ActorState, Board, Directory, Mailbox, ModelCard, NodeCard},
+};
 use reqwest::{Method, Response};
 use serde_json::{Value, json};
 
+use crate::store_nodes::card;
 use crate::support::{
     front::{Front, assert_error, hello},
     house::MODEL,
@@ -595,4 +599,41 @@ async fn a_tenants_endpoint_is_made_changed_looked_at_and_ended() {
     let ended = office.send(Method::DELETE, &at, None).await;
     office.sound(ended, "AdminWebhookRemoved").await;
     refused(Method::DELETE, &at, None, 404, "not_found", Some("id")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_operator_sees_every_node_and_every_actor() {
+    let office = Office::open().await;
+    assert_eq!(office.get("nodes", "AdminNodeList").await["data"], json!([]));
+    let board = Board::default();
+    board.actor("root").is(ActorState::Ready);
+    board.with_mailbox("root/model/worker", Some(Mailbox::new(8))).failed("it broke", true);
+    let model = ModelCard {
+        model: MODEL.into(),
+        state: ActorState::Restarting,
+        device: "cpu".to_owned(),
+        sequences_max: 8,
+        claimed: 3,
+        running: 2,
+        waiting: 1,
+        kv_blocks_used: 10,
+        kv_blocks_total: 100,
+    };
+    let card = NodeCard { models: vec![model], actors: board.cards(), ..card("node_1") };
+    let directory = Directory::new(office.front.house.store.clone(), Duration::from_secs(60));
+    directory.announce(&card).await.unwrap();
+    let nodes = office.get("nodes", "AdminNodeList").await;
+    let node = &nodes["data"][0];
+    assert_eq!(
+        (&node["node"], &node["models"][0]["running"], &node["actors"]),
+        (&json!("node_1"), &json!(2), &json!(null))
+    );
+    let actors = office.get("actors", "AdminActorList").await;
+    assert_eq!(actors["data"][0]["actor"], "root");
+    let worker = &actors["data"][1];
+    assert_eq!((&worker["state"], &worker["last_fault"]), (&json!("restarting"), &json!("it broke")));
+    assert_eq!(worker["mailbox"], json!({ "waiting": 0, "max": 8, "refused": 0 }));
+    // Without the prefix as well.
+    let bare = office.front.http.get(format!("{}/admin/actors", office.front.url)).bearer_auth(&office.secret);
+    assert_eq!(bare.send().await.unwrap().json::<Value>().await.unwrap(), actors);
 }

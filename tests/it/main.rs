@@ -35,6 +35,7 @@ mod store_archive_reads;
 mod store_mishaps;
 mod store_model;
 mod store_money;
+mod store_nodes;
 mod store_outage;
 mod store_queue;
 mod store_rates;

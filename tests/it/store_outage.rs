@@ -72,7 +72,13 @@ async fn nobody_sweeps_within_a_lease_of_an_outage_so_that_owners_can_renew() {
     let (admission, ledger) = (Admission::new(store.clone(), lease), Ledger::new(store.clone(), lease));
     let queue = Queue::new(
         store.clone(),
-        QueueLimits { depth_max: 10, claim_lease: lease, takeover_max: lease, losses_max: 1 },
+        QueueLimits {
+            depth_max: 10,
+            claim_lease: lease,
+            takeover_max: lease,
+            start_max: Duration::from_secs(600),
+            losses_max: 1,
+        },
     );
     let owned = admission.admit(&house.principal, ask(10, 10)).await.unwrap();
     let abandoned = admission.admit(&house.principal, ask(10, 10)).await.unwrap();

@@ -55,7 +55,10 @@ fn job(tenant: &str, prompt_tokens: usize) -> Job {
 }
 
 async fn queue_of(valkey: &Valkey, depth_max: usize, claim_lease: Duration) -> Queue {
-    Queue::new(valkey.store().await, QueueLimits { depth_max, claim_lease, takeover_max: LONG, losses_max: 2 })
+    Queue::new(
+        valkey.store().await,
+        QueueLimits { depth_max, claim_lease, takeover_max: LONG, start_max: Duration::from_secs(600), losses_max: 2 },
+    )
 }
 
 async fn publish(queue: &Queue, job: &Job) -> RequestId {
@@ -75,7 +78,8 @@ fn to_take_over(to_take_over: usize) -> Room {
 
 /// `losses_max` of 2.
 async fn patient(valkey: &Valkey, claim_lease: Duration, takeover_max: Duration) -> Queue {
-    let limits = QueueLimits { depth_max: 100, claim_lease, takeover_max, losses_max: 2 };
+    let limits =
+        QueueLimits { depth_max: 100, claim_lease, takeover_max, start_max: Duration::from_secs(600), losses_max: 2 };
     Queue::new(valkey.store().await, limits)
 }
 
@@ -607,4 +611,51 @@ async fn a_node_that_is_alone_takes_out_whatever_the_last_one_left_at_once() {
     assert_eq!(left_over.iter().filter(|claim| claim.attempt == 1).count(), claimed.len());
     assert_eq!(queue.depth(&model()).await.unwrap(), 0);
     assert!(!queue.acknowledge(&model(), &owner, &claimed[0].job.request, 1, 5).await.unwrap());
+}
+
+/// What is to be begun within this time.
+async fn punctual(valkey: &Valkey, start_max: Duration) -> Queue {
+    let limits = QueueLimits { depth_max: 1000, start_max, claim_lease: LONG, takeover_max: LONG, losses_max: 2 };
+    Queue::new(valkey.store().await, limits)
+}
+
+async fn retry_of(queue: &Queue, tenant: &str) -> Option<u64> {
+    match queue.publish(&job(tenant, 5)).await {
+        Ok(()) => None,
+        Err(PublishError::Full { retry_after_ms }) => Some(retry_after_ms),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[tokio::test]
+async fn what_would_wait_for_too_long_at_the_pace_of_late_is_refused_and_told_when_it_would_not() {
+    let valkey = Valkey::start();
+    let queue = punctual(&valkey, Duration::from_millis(500)).await;
+    let me = NodeId::generate();
+    // As long as nobody has had to wait, there is no pace but that of those who ask.
+    for _ in 0..3 {
+        publish(&queue, &job("early", 5)).await;
+        queue.claim(&model(), &me, to_begin(1)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    for _ in 0..60 {
+        assert_eq!(retry_of(&queue, "greedy").await, None);
+    }
+    // One in about 50 ms: ten of them wait for about as long as is allowed.
+    for _ in 0..12 {
+        queue.claim(&model(), &me, to_begin(1)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let late = retry_of(&queue, "greedy").await.expect("48 are before it");
+    assert!((1_000..4_000).contains(&late), "{late}");
+    // Nobody else has to wait for them, but for his turn.
+    assert_eq!(retry_of(&queue, "modest").await, None);
+    while queue.depth(&model()).await.unwrap() > 4 {
+        queue.claim(&model(), &me, to_begin(1)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(retry_of(&queue, "greedy").await, None);
+    // When nobody claims any more, the pace falls by itself.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(retry_of(&queue, "greedy").await.is_some_and(|late| late >= 100));
 }

@@ -14,21 +14,21 @@ const FILE_LINES_MAX: usize = 700;
 /// domain.
 /// The edge and the engine never meet. `config` is read above the third floor only; what lies below is
 /// given plain values.
-const ARROWS: [(&str, &str); 24] = [
+const ARROWS: [(&str, &str); 25] = [
     ("lib", ""),
     ("main", "cli"),
     (
         "cli",
-        "node config catalog edge cluster operator prompt admission queue engine grammar ledger store telemetry model \
-         webhooks fault domain",
+        "node config catalog edge cluster operator prompt admission queue engine grammar ledger directory store telemetry \
+         model webhooks fault domain",
     ),
     (
         "node",
-        "config edge cluster operator prompt admission queue records engine grammar ledger journal webhooks store telemetry \
-         model domain",
+        "config edge cluster operator prompt admission queue records engine grammar ledger journal webhooks directory store \
+         telemetry model domain",
     ),
-    ("edge", "config operator prompt admission queue records ledger webhooks store telemetry model domain"),
-    ("cluster", "config prompt queue engine grammar ledger journal store telemetry model domain"),
+    ("edge", "config operator prompt admission queue records ledger webhooks directory store telemetry model domain"),
+    ("cluster", "config prompt queue engine grammar ledger journal directory store telemetry model domain"),
     ("operator", "config admission ledger webhooks store fault domain"),
     ("prompt", "grammar model telemetry domain"),
     ("admission", "store telemetry fault domain"),
@@ -38,6 +38,7 @@ const ARROWS: [(&str, &str); 24] = [
     ("grammar", "model domain"),
     ("ledger", "store telemetry fault domain"),
     ("journal", "fault domain"),
+    ("directory", "store telemetry domain"),
     ("webhooks", "store telemetry fault domain"),
     ("store", "child telemetry domain"),
     ("telemetry", "domain"),

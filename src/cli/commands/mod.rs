@@ -1,9 +1,10 @@
 //! What operators do: tenants, keys, credits, limits, prices, webhooks, usage, statements, the ledger, the record of
-//! changes. A file for each noun.
+//! changes, the cluster. A file for each noun.
 
 mod access;
 mod arguments;
 mod audit;
+mod cluster;
 mod credits;
 mod keys;
 mod ledger;
@@ -67,6 +68,14 @@ pub enum Command {
     /// Who changed what
     #[command(subcommand)]
     Audit(audit::Audit),
+    /// Who is in the cluster, and what each has to do
+    Nodes,
+    /// How the actors of each node are
+    Actors {
+        /// Only those of this node, by its id or its host
+        #[arg(long, value_name = "ID")]
+        node: Option<String>,
+    },
 }
 
 pub async fn run(config: Config, command: Command, output: Output) -> Result<(), CliError> {
@@ -84,6 +93,8 @@ pub async fn run(config: Config, command: Command, output: Output) -> Result<(),
         Command::Statement(asked) => statement::run(&desk, asked).await,
         Command::Ledger(command) => ledger::run(&desk, command).await,
         Command::Audit(command) => audit::run(&desk, command).await,
+        Command::Nodes => cluster::nodes(&desk).await,
+        Command::Actors { node } => cluster::actors(&desk, node.as_deref()).await,
     };
     drop(desk);
     access.close().await;

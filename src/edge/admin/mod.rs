@@ -8,6 +8,7 @@ mod bodies;
 mod credits;
 mod faults;
 mod keys;
+mod nodes;
 mod operations;
 mod prices;
 pub(super) mod schemas;

@@ -3,6 +3,7 @@
 use super::{
     credits::{audit, ledger, move_credit},
     keys::{change_key, create_key, get_key, list_keys, revoke_key, rotate_key},
+    nodes::{list_actors, list_nodes},
     prices::{list_prices, list_tiers, set_prices},
     tenants::{change_tenant, create_tenant, get_tenant, list_tenants},
     webhooks::{get_webhook, list_dead_letters, remove_webhook, retry_dead_letters, set_webhook},
@@ -156,4 +157,12 @@ pub const OPERATIONS: &[Operation] = &[
     .answer(Json("AdminAudit"))
     .parameters(&["limit", "before"])
     .refusals(MANAGES_LISTS),
+    Operation::new(Get, "/v1/admin/nodes", "adminListNodes", "Who is in the cluster", |route| route.to(list_nodes))
+        .answer(Json("AdminNodeList"))
+        .refusals(MANAGES_SHOWS),
+    Operation::new(Get, "/v1/admin/actors", "adminListActors", "How the actors of each node are", |route| {
+        route.to(list_actors)
+    })
+    .answer(Json("AdminActorList"))
+    .refusals(MANAGES_SHOWS),
 ];

@@ -208,6 +208,10 @@ pub fn answers() -> Map<String, Value> {
             })),
         ),
         ("AdminAudit", list("AdminAuditRecord")),
+        ("AdminNode", node()),
+        ("AdminNodeList", few("AdminNode")),
+        ("AdminActor", actor()),
+        ("AdminActorList", few("AdminActor")),
         ("AdminWebhook", webhook()),
         ("AdminNewWebhook", {
             let mut webhook = webhook();
@@ -343,4 +347,34 @@ fn price_list() -> Value {
         "object": { "const": "price_list" }, "version": words(), "from_unix_ms": count(),
         "prices": { "type": "object", "additionalProperties": price, "description": "Of one token, by model." },
     }))
+}
+
+fn node() -> Value {
+    let model = whole(json!({
+        "model": words(), "state": actor_state(), "device": described(words(), "Execution providers, the preferred first."),
+        "sequences_max": count(), "claimed": count(), "running": count(), "waiting": count(),
+        "kv_blocks_used": count(), "kv_blocks_total": count(),
+    }));
+    whole(json!({
+        "object": { "const": "node" }, "node": words(), "host": words(), "role": { "enum": ["all", "edge", "worker"] },
+        "version": words(), "started_unix_ms": count(),
+        "state": { "enum": ["ready", "degraded", "draining", "lost"] },
+        "http": or_null(words()), "relay": or_null(words()), "open_streams": count(),
+        "models": { "type": "array", "items": model },
+        "lease_left_ms": described(integer(), "Below 0 since it ran out."),
+    }))
+}
+
+fn actor() -> Value {
+    let mailbox = whole(json!({ "waiting": count(), "max": count(), "refused": count() }));
+    whole(json!({
+        "object": { "const": "actor" }, "node": words(), "host": words(),
+        "actor": described(words(), "The names from the root to it."), "state": actor_state(),
+        "since_unix_ms": count(), "beat_unix_ms": described(count(), "When it last made progress."),
+        "restarts": count(), "last_fault": or_null(words()), "mailbox": or_null(mailbox),
+    }))
+}
+
+fn actor_state() -> Value {
+    json!({ "enum": ["starting", "ready", "stalled", "restarting", "unavailable", "stopped"] })
 }

@@ -18,6 +18,7 @@ local JOBS, LINE, PLACES, TURNS, SERVED, DEADLINES, CLAIMS, OWNERS, META, ORPHAN
 -- is there for the others.
 local SHARE = 8
 local RETRY_MS_MIN, RETRY_MS_MAX, RETRY_MS_UNKNOWN = 100, 10000, 1000
+local LATE_MS_MAX = 60000
 
 local function pack_place(place)
   return table.concat({
@@ -149,19 +150,45 @@ local function retry_ms(keys, depth_max)
   return math.floor(math.min(RETRY_MS_MAX, math.max(RETRY_MS_MIN, gap * depth_max / SHARE)))
 end
 
+-- The pace is the time between claims while some waited for them: without that, it is the pace of those who ask.
 local function note_pace(keys, claimed, now)
-  local past = redis.call('HMGET', keys[META], 'last', 'gap')
-  if past[1] then
-    local gap = math.max(0, now - tonumber(past[1])) / claimed
-    local mean = past[2] and (0.75 * tonumber(past[2]) + 0.25 * gap) or gap
-    redis.call('HSET', keys[META], 'gap', string.format('%.3f', mean))
+  local past = redis.call('HMGET', keys[META], 'last', 'gap', 'waited', 'pause')
+  if past[1] and past[3] == '1' then
+    local pause = math.max(0, now - tonumber(past[1]))
+    local mean = function(before, value)
+      return string.format('%.3f', before and (0.75 * tonumber(before) + 0.25 * value) or value)
+    end
+    redis.call('HSET', keys[META], 'gap', mean(past[2], pause / claimed), 'pause', mean(past[4], pause))
   end
-  redis.call('HSET', keys[META], 'last', whole(now))
+  local waits = redis.call('ZCARD', keys[LINE]) > 0 and '1' or '0'
+  redis.call('HSET', keys[META], 'last', whole(now), 'waited', waits, 'claimed', claimed)
+end
+
+-- In how long a request of the tenant that comes now would be begun, at the pace of late.
+-- Tenants take turns, so that nobody waits for more of the others than for as many of each as it has itself.
+local function start_ms(keys, tenant, now)
+  local past = redis.call('HMGET', keys[META], 'last', 'gap', 'waited', 'pause', 'claimed')
+  local gap, pause, since = tonumber(past[2] or ''), tonumber(past[4] or ''), 0
+  if past[3] == '1' then
+    since = math.max(0, now - tonumber(past[1]))
+  end
+  if not gap then
+    gap = since / math.max(1, tonumber(past[5] or '1'))
+  elseif since > 2 * pause then
+    -- It takes them longer than it used to.
+    gap = gap * since / math.max(1, 2 * pause)
+  end
+  local tenants = redis.call('ZCARD', keys[TURNS])
+  if not redis.call('ZSCORE', keys[TURNS], tenant) then
+    tenants = tenants + 1
+  end
+  local ahead = math.min(redis.call('ZCARD', keys[LINE]), (waiting_of(keys, tenant) + 1) * tenants - 1)
+  return ahead * gap
 end
 
 local function publish(keys, args)
   local request, tenant, payload, cost = args[1], args[2], args[3], tonumber(args[4])
-  local wait_ms, depth_max, channel = tonumber(args[5]), tonumber(args[6]), args[7]
+  local wait_ms, depth_max, channel, start_ms_max = tonumber(args[5]), tonumber(args[6]), args[7], tonumber(args[8])
   if redis.call('HEXISTS', keys[JOBS], request) == 1 then
     return {'published'}
   end
@@ -169,7 +196,13 @@ local function publish(keys, args)
   if free <= 0 or waiting_of(keys, tenant) >= SHARE * free then
     return {'full', retry_ms(keys, depth_max)}
   end
-  local deadline = now_ms() + wait_ms
+  local now = now_ms()
+  local start = start_ms(keys, tenant, now)
+  if start > start_ms_max then
+    -- When it would be begun in time.
+    return {'full', math.floor(math.min(LATE_MS_MAX, math.max(RETRY_MS_MIN, start - start_ms_max)))}
+  end
+  local deadline = now + wait_ms
   local seq = redis.call('HINCRBY', keys[META], 'seq', 1)
   local place = pack_place{
     tenant = tenant, seq = seq, attempt = 0, cost = cost, deadline = deadline, losses = 0, shun_until = 0, shun = '',

@@ -6,6 +6,7 @@ use futures::FutureExt;
 use lightcone::{
     admission::{Guard, GuardLimits, Limits, Tier, Tiers},
     config,
+    directory::Directory,
     domain::{
         Claim, EventBody, FailureCode, FinishReason, NanoUsd, NodeId, Price, PriceList, Priority, RequestId,
         TokenEvent, Usage,
@@ -148,7 +149,13 @@ impl Front {
         let Furniture { settings, depth_max, lease: hold_lease, limits, priority_max, .. } = furniture;
         let queue = Queue::new(
             house.store.clone(),
-            QueueLimits { depth_max, claim_lease: LEASE, takeover_max: LEASE, losses_max: 2 },
+            QueueLimits {
+                depth_max,
+                claim_lease: LEASE,
+                takeover_max: LEASE,
+                start_max: Duration::from_secs(600),
+                losses_max: 2,
+            },
         );
         let metrics = Arc::new(Metrics::new());
         let hub = ReplyHub::new(NodeId::generate(), settings.stream_buffer_events, None, metrics.clone());
@@ -187,6 +194,7 @@ impl Front {
             admission: house.admission.clone().with_tiers(tiers),
             guard: Guard::new(house.store.clone(), guard_limits),
             receipts: house.receipts.clone(),
+            directory: Directory::new(house.store.clone(), hold_lease),
             accounts: house.accounts.clone(),
             private_webhooks: true,
             ledger: Ledger::new(house.store.clone(), hold_lease),
